@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env book test lint format strip clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(INSTALLED) ## make .venv and install everything into it
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed:" \
+	         "make env PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+book: env ## execute the chapters and render them to _build/html/index.html
+	@$(VENV)/bin/python book/build.py
+
+test: env ## run the unit tests, and every chapter at its smallest size
+	$(VENV)/bin/python -m pytest
+
+lint: env ## check the formatting and the code of modules and notebooks
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: env ## format modules and notebooks
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+strip: env ## remove the outputs from the notebooks of the book
+	$(VENV)/bin/python book/strip.py
+
+clean: ## remove what was built; .venv stays
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,9 @@
+"""Binarized neural networks that memorize, in the order a batch meets the modules:
+
+errors, drawing, glyphs, shapes, data, corruption, batches, quantizers, layers, models, losses,
+optim, train, catalogue, experiments, plots, chapters, __main__.
+
+Import from the module that holds the name: `from bnnlib.layers import BinaryLinear`.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,126 @@
+"""`python -m bnnlib`: list the experiments, describe one, run one."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import click
+
+from bnnlib.errors import BnnlibError, InvalidValue, check_name
+from bnnlib.experiments import PROFILES, PUBLISHED, Experiment, at_profile, published, run
+from bnnlib.train import describe_row
+
+
+def parse_field(field: str, text: str) -> Any:
+    """The value of `text` for a field of `Experiment`, by the field's type.
+
+    "none" is None where the field allows it; a tuple is written with commas, an empty one as
+    nothing. Raises InvalidValue for an unknown field or a text that does not fit.
+    """
+    hints = get_type_hints(Experiment)
+    check_name("field", field, hints)
+    try:
+        return _parse(hints[field], text.strip())
+    except ValueError as error:
+        raise InvalidValue(f"{field} takes {_in_words(hints[field])}, got {text!r}") from error
+
+
+def _parse(hint: Any, text: str) -> Any:
+    if get_origin(hint) is tuple:
+        return tuple(_parse(get_args(hint)[0], part.strip()) for part in text.split(",") if part)
+    if NoneType in get_args(hint):
+        return None if text.lower() == "none" else _parse(get_args(hint)[0], text)
+    if hint is bool:
+        return ("false", "true").index(text.lower()) == 1  # ValueError for any other word
+    return hint(text)
+
+
+def _in_words(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    if get_origin(hint) is tuple:
+        return f"{_in_words(get_args(hint)[0])}, or several with commas between them"
+    if NoneType in get_args(hint):
+        return f"{_in_words(get_args(hint)[0])} or none"
+    return words[hint]
+
+
+def with_settings(experiment: Experiment, settings: tuple[str, ...]) -> Experiment:
+    """The experiment with each `field=value` applied."""
+    changes = {}
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            raise InvalidValue(f"--set takes field=value, got {setting!r}")
+        changes[field.strip()] = parse_field(field.strip(), text)
+    return replace(experiment, **changes)
+
+
+def as_dict(experiment: Experiment) -> dict[str, Any]:
+    """All fields, and the numbers that follow from them."""
+    derived = {"lr_decay": experiment.lr_decay, "steps": experiment.steps}
+    return asdict(experiment) | derived | {"missing": experiment.missing}
+
+
+class Group(click.Group):
+    """A command group that names the nearest command, and prints our errors in one line."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except InvalidValue as error:
+            raise click.UsageError(str(error)) from None
+        except BnnlibError as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Memorization in binarized neural networks: the experiments."""
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Every field, for programs.")
+def list_experiments(as_json: bool) -> None:
+    """The experiments of the original, one a line."""
+    if as_json:
+        click.echo(json.dumps([as_dict(e) for e in PUBLISHED.values()], indent=1))
+        return
+    for e in PUBLISHED.values():
+        note = " (cannot run yet)" if e.missing else ""
+        click.echo(f"{e.name:<25}{e.summary}{note}")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--profile", default="full", show_default=True, help=", ".join(PROFILES))
+def describe(name: str, profile: str) -> None:
+    """Every setting of one experiment."""
+    for field, value in as_dict(at_profile(published(name), profile)).items():
+        click.echo(f"{field:<23}{value}")
+
+
+@main.command("run")
+@click.argument("name")
+@click.option("--profile", default="quick", show_default=True, help=", ".join(PROFILES))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [runs/NAME/...]")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change one field.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the real data sets.")
+@click.option("--download", is_flag=True, help="Fetch a real data set that is not there.")
+def run_experiment(name, profile, out, settings, device, data, download) -> None:
+    """Run one experiment and keep it in a folder."""
+    experiment = with_settings(at_profile(published(name), profile), settings)
+    out = out or Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
+    result = run(experiment, out, device=device, root=data, download=download)
+    last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
+    click.echo(f"{last}\n{out}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bnnlib")

@@ -1,0 +1,76 @@
+"""The whole set on the device; a batch is an index.
+
+In: an `ImageSet`. Out: x (B, 3, 32, 32) float32 in [-1, 1] and labels (B,) int64, both on
+the device. Next file: `quantizers.py`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bnnlib.data import ImageSet
+from bnnlib.errors import InvalidValue
+
+
+def scale_pixels(images: Tensor) -> Tensor:
+    """x * (2 / 255) - 1: uint8 pixels to float32 in [-1, 1]; float images pass unchanged.
+
+    Any shape. Source: `svhn_random_labels.py:109-111` of the original.
+    """
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32).mul_(2 / 255).sub_(1)
+    return images
+
+
+def check_fills_batch(images: int, batch_size: int) -> None:
+    """Raise InvalidValue where there are fewer images than one batch takes."""
+    if images < batch_size:
+        raise InvalidValue(
+            f"{images} images do not fill one batch of {batch_size}; "
+            f"use a batch_size of at most {images}"
+        )
+
+
+class Batches:
+    """An `ImageSet` held once on `device`, read in mini-batches of `batch_size`.
+
+    Raises InvalidValue where the set is empty or the batch size is not positive.
+    """
+
+    def __init__(self, data: ImageSet, batch_size: int, device: torch.device | str = "cpu"):
+        if batch_size < 1:
+            raise InvalidValue(f"batch_size must be at least 1, got {batch_size}")
+        if len(data) == 0:
+            raise InvalidValue(f"{data.name} {data.split}: no images to make batches of")
+        self.images = data.images.to(device)
+        self.labels = data.labels.to(device)
+        self.classes = len(data.class_names)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Images in the set."""
+        return len(self.labels)
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of full batches in a new random order; what is left over is dropped.
+
+        The original drops it too, by Python 2's integer division
+        (`binary_net_random_labels.py:282`). `generator` is a CPU generator, so the order is
+        the same on every device.
+        """
+        check_fills_batch(len(self), self.batch_size)
+        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        full = len(self) - len(self) % self.batch_size
+        for index in order[:full].split(self.batch_size):
+            yield self._take(index)
+
+    def in_order(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in the order of the set; the last batch may be smaller."""
+        size = batch_size or self.batch_size
+        for start in range(0, len(self), size):
+            yield self._take(slice(start, start + size))
+
+    def _take(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        x = scale_pixels(self.images[index])
+        return x.contiguous(memory_format=torch.channels_last), self.labels[index]

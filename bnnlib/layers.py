@@ -1,0 +1,220 @@
+"""Layers with latent weights, and the batch normalization of the original.
+
+In: a float tensor, (B, C, H, W) or (B, features). Out: the same kind of tensor. A binary
+layer keeps a real-valued *latent* weight in [-1, 1] and computes with its binarization.
+Next file: `models.py`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnnlib.errors import InvalidValue, check_name
+from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh
+
+MODES = ("deterministic", "stochastic", "real")
+
+
+class BinaryLayer(nn.Module):
+    """A layer with a latent weight; `mode` says what it computes with.
+
+    - "deterministic": sign(W); "stochastic": a fresh sample of +1/-1 each call, drawn from
+      `self.generator`; "real": W itself, which stays in [-1, 1].
+    - `lr_scale` = sqrt((fan_in + fan_out) / 1.5) multiplies the learning rate of W; the
+      original calls it `W_LR_scale = "Glorot"` (`binary_net_random_labels.py:104,152`).
+
+    Biases are real-valued and never binarized. W starts as U(-1, 1), drawn from `generator`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], generator: torch.Generator, mode: str = "deterministic"
+    ):
+        super().__init__()
+        check_name("weight mode", mode, MODES)
+        self.mode = mode
+        self.generator: torch.Generator | None = None  # for sampling, set by `seed_layers`
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        receptive_field = self.weight[0, 0].numel()  # 9 for a 3x3 convolution, else 1
+        self.lr_scale = sqrt((shape[0] + shape[1]) * receptive_field / 1.5)
+
+    def effective_weight(self) -> Tensor:
+        """The weight of this call: same shape as the latent weight, differentiable."""
+        if self.mode == "deterministic":
+            return binarize(self.weight)
+        if self.mode == "real":
+            return self.weight
+        if self.generator is None:
+            raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
+        return binarize_stochastic(self.weight, self.generator)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
+
+
+class BinaryLinear(BinaryLayer):
+    """y = x Wb^T + b: (B, in_features) -> (B, out_features).
+
+    Source: `DenseLayer` in `binary_net_random_labels.py:92-131` of the original.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, generator, mode="deterministic"):
+        super().__init__((out_features, in_features), generator, mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.effective_weight(), self.bias)
+
+
+class BinaryConv2d(BinaryLayer):
+    """Convolution with binary weights, stride 1: (B, in, H, W) -> (B, out, H, W).
+
+    The border is filled with `pad_value`. The original pads with 0, a third value beside
+    +1 and -1; 1.0 or -1.0 keeps every input of the sum binary.
+    Source: `Conv2DLayer` in `binary_net_random_labels.py:134-177` of the original.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        pad_value: float = 0.0,
+        *,
+        generator: torch.Generator,
+        mode: str = "deterministic",
+    ):
+        if kernel_size % 2 == 0:
+            raise InvalidValue(f"kernel_size must be odd to keep the image size, got {kernel_size}")
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size), generator, mode)
+        self.padding = kernel_size // 2
+        self.pad_value = pad_value
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.effective_weight()
+        if self.pad_value == 0:
+            return F.conv2d(x, weight, self.bias, padding=self.padding)
+        return F.conv2d(F.pad(x, (self.padding,) * 4, value=self.pad_value), weight, self.bias)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization that averages 1/std, as Lasagne did: (B, C[, H, W]) -> same.
+
+    Training: y = (x - mean) * inv_std * weight + bias over the batch, with the biased
+    variance and inv_std = 1 / sqrt(var + eps); both averages then move by `alpha`.
+    Evaluation: the same with the averages, which stay as they are.
+    `nn.BatchNorm2d` averages the unbiased variance instead, and cannot express this.
+    Source: Lasagne `layers/normalization.py:272-326`; Ioffe & Szegedy 2015.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-4, alpha: float = 0.1):
+        super().__init__()
+        self.eps, self.alpha = eps, alpha
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_inv_std", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self._normalize_with_averages(x)
+        y, mean, inv_std = torch.native_batch_norm(
+            x, self.weight, self.bias, None, None, True, 0.0, self.eps
+        )
+        self.running_mean.lerp_(mean.detach(), self.alpha)
+        self.running_inv_std.lerp_(inv_std.detach(), self.alpha)
+        return y
+
+    def _normalize_with_averages(self, x: Tensor) -> Tensor:
+        channel = (1, -1) + (1,) * (x.dim() - 2)
+        scale = self.weight * self.running_inv_std
+        centred = x - self.running_mean.view(channel)
+        return torch.addcmul(self.bias.view(channel), centred, scale.view(channel))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, alpha={self.alpha}"
+
+
+class BinaryTanh(nn.Module):
+    """`quantizers.binary_tanh` as a module: any shape, values +1 and -1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return binary_tanh(x)
+
+
+class BinarySigmoid(nn.Module):
+    """`quantizers.binary_sigmoid` as a module: any shape, values 1 and 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return binary_sigmoid(x)
+
+
+class Dropout(nn.Module):
+    """In training, zeroes each entry with probability p and scales the rest by 1 / (1 - p).
+
+    Draws from `self.generator`, set by `seed_layers`; `nn.Dropout` would draw from PyTorch's
+    global one. Source: Srivastava et al. 2014; Lasagne `DropoutLayer`.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise InvalidValue(f"dropout probability must be in [0, 1), got {p}")
+        self.p = p
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.generator is None:
+            raise InvalidValue("dropout needs a generator: call seed_layers(model, seed)")
+        keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p
+        return x * keep.to(x.dtype).div_(1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def seed_layers(model: nn.Module, seed: int) -> nn.Module:
+    """Give all random layers of `model` one new generator with this seed, on the model's device."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for layer in model.modules():
+        if hasattr(layer, "generator"):
+            layer.generator = generator
+    return model
+
+
+def binary_layers(model: nn.Module) -> list[BinaryLayer]:
+    """The layers of `model` with latent weights, from input to output."""
+    return [layer for layer in model.modules() if isinstance(layer, BinaryLayer)]
+
+
+@contextmanager
+def weight_mode(model: nn.Module, mode: str) -> Iterator[nn.Module]:
+    """Inside the `with` block, all binary layers of `model` compute in `mode`."""
+    check_name("weight mode", mode, MODES)
+    layers = binary_layers(model)
+    before = [layer.mode for layer in layers]
+    try:
+        for layer in layers:
+            layer.mode = mode
+        yield model
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.mode = old
+
+
+@torch.no_grad()
+def binarize_parameters_(model: nn.Module) -> nn.Module:
+    """Replace every latent weight by its sign, in place.
+
+    A network with deterministic weights computes the same function afterwards.
+    Source: `svhn_evaluation_random_labels.py:321-325` of the original.
+    """
+    for layer in binary_layers(model):
+        layer.weight.copy_(binarize(layer.weight))
+    return model

@@ -1,0 +1,161 @@
+"""Figures of the book. In: data and an `ax`. Out: the same `ax`, drawn on.
+
+`use_book_style` is called once a chapter. Next file: `chapters.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from bnnlib.batches import scale_pixels
+from bnnlib.data import ImageSet
+from bnnlib.errors import InvalidValue
+from bnnlib.train import History
+
+GREY = "#7a7a7a"  # readable on white and on the dark theme
+# Okabe and Ito's colours, which colour-blind readers can tell apart; those too dark or too
+# light for one of the two themes are left out.
+COLOURS = {
+    "train": "#d55e00",
+    "test": "#3b8fc4",
+    "valid": "#009e73",
+    "third": "#cc79a7",
+    "fourth": "#c99700",
+}
+CHANCE = 0.9  # error of a guess among ten classes
+
+
+def use_book_style() -> None:
+    """Figures without background and in mid-grey ink, so that light and dark pages fit both."""
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "figure.figsize": (6.4, 3.4),
+            "figure.dpi": 144,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "text.color": GREY,
+            "axes.labelcolor": GREY,
+            "axes.edgecolor": GREY,
+            "xtick.color": GREY,
+            "ytick.color": GREY,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": plt.cycler(color=list(COLOURS.values())),
+            "legend.frameon": False,
+            "lines.linewidth": 2,
+        }
+    )
+
+
+def show_images(
+    data: ImageSet, ax: Axes, columns: int = 10, rows: int = 1, names: bool = True
+) -> Axes:
+    """The first rows x columns images of a set as one sheet, with class names underneath.
+
+    Float images are shown as far as they lie in [-1, 1].
+    """
+    count = rows * columns
+    shown = data.first(count)
+    pixels = (scale_pixels(shown.images).clamp(-1, 1) + 1) / 2  # (N, 3, H, W) in [0, 1]
+    height, width = pixels.shape[2:]
+    gap_y, gap_x = (11 if names else 2), 2
+    sheet = np.zeros((rows * (height + gap_y), columns * (width + gap_x), 4))
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = i // columns * (height + gap_y), i % columns * (width + gap_x)
+        sheet[top : top + height, left : left + width] = np.dstack(
+            [image, np.ones(image.shape[:2])]
+        )
+        if names:
+            name = shown.class_names[int(shown.labels[i])]
+            ax.text(left + width / 2, top + height + 1, name, ha="center", va="top", fontsize=7)
+    ax.imshow(sheet, interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
+def plot_quantizer(quantizer: Callable[[Tensor], Tensor], ax: Axes, limit: float = 2.0) -> Axes:
+    """Value of an activation on [-limit, limit], and the slope that backpropagation uses."""
+    x = torch.linspace(-limit, limit, 1001, requires_grad=True)
+    y = quantizer(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    ax.plot(x.detach(), y.detach(), color=COLOURS["train"], label="value")
+    ax.plot(x.detach(), slope, color=COLOURS["test"], linestyle="--", label="slope in backward")
+    ax.set(xlabel="x", ylabel="")
+    return ax
+
+
+def plot_errors(
+    history: History, ax: Axes, splits: Sequence[str] = ("train", "test"), label: str = "", **style
+) -> Axes:
+    """Error of each split against the epoch, in percent, with the line of a blind guess.
+
+    `label` goes before the split's name in the legend. Epochs without evaluation are skipped.
+    """
+    for split in splits:
+        errors = [(e, v) for e, v in zip(history["epoch"], history[f"{split}_error"], strict=True)]
+        known = [(e, 100 * v) for e, v in errors if not isnan(v)]
+        options = {"color": COLOURS[split], "label": f"{label} {split}".strip()} | style
+        ax.plot(*zip(*known, strict=True), **options)
+    _percent_axis(ax)
+    ax.set_xlabel("epoch")
+    return ax
+
+
+def plot_levels(levels: Sequence[float], errors: Mapping[str, Sequence[float]], ax: Axes) -> Axes:
+    """Errors (shares) against the share of random labels, one line for each name."""
+    for name, values in errors.items():
+        ax.plot(
+            [100 * level for level in levels],
+            [100 * value for value in values],
+            marker="o",
+            label=name,
+            color=COLOURS.get(name),
+        )
+    _percent_axis(ax)
+    ax.set_xlabel("random labels (%)")
+    return ax
+
+
+def _percent_axis(ax: Axes) -> None:
+    if not any(line.get_gid() == "chance" for line in ax.lines):
+        ax.axhline(100 * CHANCE, color=GREY, linewidth=1, linestyle=":", gid="chance")
+    ax.set(ylabel="error (%)", ylim=(-2, 102))
+
+
+def plot_class_errors(
+    errors: Mapping[str, Sequence[float]], names: Sequence[str], ax: Axes
+) -> Axes:
+    """Bars of error per class (shares), side by side for each key of `errors`."""
+    if any(len(values) != len(names) for values in errors.values()):
+        raise InvalidValue(f"every entry needs {len(names)} class errors, one for each name")
+    width = 0.8 / len(errors)
+    for k, (label, values) in enumerate(errors.items()):
+        x = np.arange(len(names)) + (k - (len(errors) - 1) / 2) * width
+        heights = [100 * value for value in values]
+        ax.bar(x, heights, width, label=label, color=COLOURS.get(label))
+    _percent_axis(ax)
+    ax.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 2 else 0)
+    return ax
+
+
+def plot_weights(weights: Mapping[str, Tensor], ax: Axes) -> Axes:
+    """Histograms of latent weights on [-1, 1], one outline for each name."""
+    for name, values in weights.items():
+        ax.hist(
+            values.detach().flatten().numpy(),
+            bins=np.linspace(-1, 1, 41),
+            weights=np.full(values.numel(), 100 / values.numel()),
+            histtype="step",
+            linewidth=1.6,
+            label=name,
+        )
+    ax.set(xlabel="latent weight", ylabel="share of the weights (%)")
+    return ax

@@ -1,0 +1,222 @@
+"""The training loop, in plain sight.
+
+In: a model, an optimizer and batches. Out: the model, trained in place, and its `History`.
+Next file: `catalogue.py`.
+"""
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, isnan, nan
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bnnlib.batches import Batches
+from bnnlib.errors import InvalidValue, check_name, unknown_name
+from bnnlib.losses import mistakes, squared_hinge_loss
+
+SCHEDULES = ("exponential", "linear")
+EVALUATION_BATCH = 500  # images; only memory and speed depend on it
+
+
+def learning_rates(schedule: str, start: float, final: float, epochs: int) -> list[float]:
+    """One rate for each epoch, falling from `start` towards `final`.
+
+    - "exponential": start * (final / start)^(e / epochs), the original's; the last epoch is
+      one factor above `final` (`binary_net_random_labels.py:302,371`).
+    - "linear": start + (final - start) * e / epochs.
+    """
+    check_name("schedule", schedule, SCHEDULES)
+    steps = [e / epochs for e in range(epochs)]
+    if schedule == "linear":
+        return [start + (final - start) * step for step in steps]
+    return [start * (final / start) ** step for step in steps]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors of a model on one set, each between 0 and 1."""
+
+    error: float
+    class_errors: tuple[float, ...]  # NaN for a class that the set does not hold
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches, batch_size: int = EVALUATION_BATCH) -> Evaluation:
+    """Error over every image of the set, and of each class, from one pass.
+
+    The model is in evaluation mode during the pass and otherwise unchanged.
+    """
+    was_training = model.training
+    model.eval()
+    wrong = torch.cat([mistakes(model(x), y) for x, y in batches.in_order(batch_size)])
+    model.train(was_training)
+    wrong = wrong.to(torch.float64)
+    total = torch.zeros(batches.classes, dtype=torch.float64, device=wrong.device)
+    count = total.index_add(0, batches.labels, torch.ones_like(wrong))
+    class_errors = total.index_add(0, batches.labels, wrong) / count  # 0 / 0 is NaN
+    return Evaluation(wrong.mean().item(), tuple(class_errors.tolist()))
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """One pass over the shuffled batches; returns mean loss and error, both in training mode.
+
+    Raises InvalidValue when the loss is no longer a finite number.
+    """
+    model.train()
+    losses, wrong = [], []
+    for x, labels in batches.shuffled(generator):
+        logits = model(x)
+        loss = squared_hinge_loss(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()  # moves the latent weights and clips them to [-1, 1]
+        losses.append(loss.detach())
+        wrong.append(mistakes(logits.detach(), labels))
+    loss = torch.stack(losses).mean().item()
+    if not isfinite(loss):
+        raise InvalidValue(f"the training loss became {loss}; a smaller learning rate may help")
+    return loss, torch.cat(wrong).to(torch.float64).mean().item()
+
+
+@dataclass
+class History:
+    """What happened in each epoch: one dict a row, the same keys in each.
+
+    Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
+    they were fitted; the other errors are those of the model after the epoch, and NaN in
+    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[float]:
+        """One column, a value for each epoch; an unknown name is an InvalidValue."""
+        if self.rows and column not in self.rows[0]:
+            raise unknown_name("history column", column, self.rows[0])
+        return [row[column] for row in self.rows]
+
+    def last(self, column: str) -> float:
+        """The value after the last epoch."""
+        return self[column][-1]
+
+    def save(self, path: str | Path) -> None:
+        """Write a CSV file with a header, beside and renamed, so that it is whole or absent."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]) if self.rows else [])
+            writer.writeheader()
+            writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "History":
+        """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
+        with Path(path).open(newline="") as file:
+            rows = [{k: float(v) if v else nan for k, v in r.items()} for r in csv.DictReader(file)]
+        for row in rows:
+            row["epoch"] = int(row["epoch"])
+        return cls(rows)
+
+
+def _cell(value: float) -> str:
+    """Nine significant digits at most; nothing for NaN."""
+    return "" if isnan(value) else f"{value:.9g}"
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Batches,
+    valid: Batches | None = None,
+    test: Batches | None = None,
+    *,
+    rates: Sequence[float],
+    generator: torch.Generator,
+    evaluate_every: int = 1,
+    progress: str = "auto",
+    after_epoch: Callable[[History], None] | None = None,
+) -> History:
+    """Train for one epoch at each learning rate in `rates`; returns the `History`.
+
+    `generator` (CPU) draws the order of the batches. Errors are computed every
+    `evaluate_every` epochs and after the last. `after_epoch` is given the history so far.
+    """
+    history = History()
+    for epoch, lr in _epochs(rates, history, progress):
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, train_mode_error = train_epoch(model, optimizer, train, generator)
+        row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
+        row["train_mode_error"] = train_mode_error
+        due = epoch % evaluate_every == 0 or epoch == len(rates)
+        for name, batches in (("train", train), ("valid", valid), ("test", test)):
+            row |= _error_columns(name, model, batches if due else None, train.classes)
+        row["seconds"] = time.perf_counter() - start
+        history.rows.append(row)
+        if after_epoch:
+            after_epoch(history)
+    return history
+
+
+def _error_columns(name: str, model, batches: Batches | None, classes: int) -> dict[str, float]:
+    """`name_error` and, but for the validation set, `name_error_class_i`; NaN without batches."""
+    result = evaluate(model, batches) if batches else Evaluation(nan, (nan,) * classes)
+    row = {f"{name}_error": result.error}
+    if name != "valid":
+        row |= {f"{name}_error_class_{i}": e for i, e in enumerate(result.class_errors)}
+    return row
+
+
+# -------------------------------------------------------------------------------- progress
+
+
+def _epochs(rates: Sequence[float], history: History, progress: str) -> Iterator[tuple[int, float]]:
+    """Number and rate of each epoch, showing the history's last row in between."""
+    styles = ("auto", "bar", "lines", "none")
+    check_name("progress", progress, styles)
+    style = _style_here() if progress == "auto" else progress
+    bar = tqdm(total=len(rates), unit="epoch", disable=style != "bar", mininterval=0.3)
+    with bar:
+        for epoch, lr in enumerate(rates, start=1):
+            yield epoch, lr
+            text = describe_row(history.rows[-1])
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+            if style == "lines" and _is_milestone(epoch, len(rates)):
+                print(f"epoch {epoch}/{len(rates)}  {text}", file=sys.stderr, flush=True)
+
+
+def _style_here() -> str:
+    """A bar for a person (terminal or notebook), lines for a log; TQDM_DISABLE silences both."""
+    if os.environ.get("TQDM_DISABLE"):
+        return "none"
+    return "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines"
+
+
+def _is_milestone(epoch: int, epochs: int) -> bool:
+    """The first epoch, the last, and about ten between."""
+    return epoch in (1, epochs) or epoch % max(1, epochs // 10) == 0
+
+
+def describe_row(row: dict[str, float]) -> str:
+    """One epoch in a few words, without the errors that were not computed."""
+    loss = [f"loss {row['train_loss']:.3f}"] if "train_loss" in row else []
+    errors = [(k, row.get(f"{k}_error", nan)) for k in ("train", "valid", "test")]
+    return "  ".join([*loss, *(f"{k} error {100 * e:.1f} %" for k, e in errors if not isnan(e))])

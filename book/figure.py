@@ -1,0 +1,35 @@
+"""Draw the figure of the README from the stored runs: `make figure`."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from bnnlib.experiments import stored_runs
+from bnnlib.plots import plot_errors, use_book_style
+
+PATH = Path(__file__).parent / "_static" / "memorization.png"
+
+
+def draw() -> plt.Figure:
+    """Errors of every stored memorizer: SVHN left, CIFAR-10 right."""
+    use_book_style()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    names = {
+        "SVHN": "svhn-random-labels",
+        "CIFAR-10": "cifar10-random-labels",
+    }
+    for ax, (dataset, name) in zip(axes, names.items(), strict=True):
+        runs = stored_runs(name)
+        for run in runs:
+            plot_errors(run.history, ax)
+        ax.legend(
+            ax.get_lines()[0:3:2], ("train", "test"), loc="center right"
+        )
+        ax.set(xlabel=f"epoch, {dataset}", ylabel="")
+    axes[0].set_ylabel("error (%)")
+    return figure
+
+
+if __name__ == "__main__":
+    draw().savefig(PATH)
+    print(PATH)

@@ -1,0 +1,42 @@
+"""What several test files share: one thread, sets of noise, a network of a few units."""
+
+import pytest
+import torch
+
+from bnnlib.data import ImageSet
+from bnnlib.models import Architecture
+
+DIGITS = tuple("0123456789")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors lose more by a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def noise():
+    """Makes an `ImageSet` of uniform noise: nothing to learn, everything to memorize."""
+
+    def make(n=60, size=8, seed=0, classes=DIGITS, split="train"):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(len(classes), (n,), generator=generator)
+        return ImageSet(images, labels, "noise", split, classes)
+
+    return make
+
+
+@pytest.fixture
+def tiny():
+    """Two convolutions, a pool after the second, one hidden dense layer; images of 8 x 8."""
+    return Architecture((4, 6), pool_every=2, dense=(12,), image_size=8)

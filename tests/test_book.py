@@ -1,0 +1,122 @@
+"""The rules that every chapter keeps, and each chapter executed at its smallest size."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import build
+import pytest
+from execute import CELL_TIMEOUT, execute, own_parameters, profile_parameters
+from notebooks import code_cells, read, tags
+from strip import is_stripped
+
+from bnnlib.chapters import read_parameters
+
+BOOK = Path(__file__).parents[1] / "book"
+NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
+LIBRARIES = {"bnnlib", "matplotlib", "numpy", "pandas", "scipy", "torch"}
+TAGS = {
+    "parameters",
+    "injected-parameters",
+    "hide-input",
+    "hide-cell",
+    "remove-cell",
+    "remove-input",
+    "remove-output",
+}
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def headings(notebook):
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    return re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+
+
+def imports(notebook):
+    """(module, name) of each import; a magic or a shell line does not parse."""
+    for cell in code_cells(notebook):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                yield from ((alias.name, "") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_contents_and_folder_agree():
+    pages = {f"book/{path.stem}" for path in BOOK.iterdir() if path.suffix in (".md", ".ipynb")}
+    assert set(build.contents(BOOK.parent)) == pages
+
+
+@each_notebook
+def test_committed_without_outputs(path):
+    assert is_stripped(path), "run `make strip`"
+
+
+@each_notebook
+def test_tags_are_known(path):
+    assert {tag for cell in read(path).cells for tag in tags(cell)} <= TAGS
+
+
+@each_notebook
+def test_cells_fit_a_page(path):
+    for cell in code_cells(read(path)):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 15, cell.source
+        assert max(map(len, lines), default=0) <= 76, cell.source
+
+
+@each_notebook
+def test_imports_are_public_and_explicit(path):
+    for module, name in imports(read(path)):
+        assert module.partition(".")[0] in LIBRARIES | sys.stdlib_module_names
+        assert name != "*"
+        assert not any(part.startswith("_") for part in [*module.split("."), name])
+
+
+@each_chapter
+def test_one_cell_of_commented_literal_parameters(path):
+    cells = [c for c in code_cells(read(path)) if "parameters" in tags(c)]
+    assert len(cells) == 1
+    lines = cells[0].source.splitlines()
+    assert 1 <= len(read_parameters(cells[0].source)) == len(lines) <= 10
+    assert all(re.search(r"  # \S", line) for line in lines)
+
+
+@each_notebook
+def test_parameters_are_checked_in_the_next_cell(path):
+    cells = code_cells(read(path))
+    own = [number for number, cell in enumerate(cells) if "parameters" in tags(cell)]
+    assert all("check_parameters(In)" in cells[number + 1].source for number in own)
+
+
+@each_chapter
+def test_chapter_ends_with_summary_and_three_exercises(path):
+    notebook = read(path)
+    assert headings(notebook)[-2:] == ["Summary", "Exercises"]
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert len(re.findall(r"\{exercise(?:-start)?\}", text.rpartition("## Exercises")[2])) == 3
+
+
+def test_each_figure_has_a_caption_and_a_name_of_its_own():
+    cells = [cell for path in NOTEBOOKS for cell in code_cells(read(path))]
+    figures = [c.metadata.mystnb.figure for c in cells if "figure" in c.metadata.get("mystnb", {})]
+    assert all(figure["caption"].rstrip().endswith(".") for figure in figures)
+    names = [figure["name"] for figure in figures]
+    assert len(set(names)) == len(names)
+
+
+@each_notebook
+def test_runs_at_smoke_without_a_warning(path, tmp_path):
+    given = profile_parameters(path, "smoke")
+    execute(path, tmp_path / path.name, given, CELL_TIMEOUT["smoke"])
+    outputs = [out for cell in code_cells(read(tmp_path / path.name)) for out in cell.outputs]
+    assert [out.text for out in outputs if out.get("name") == "stderr"] == []
+
+
+@each_chapter
+def test_quick_is_what_a_chapter_runs_by_itself(path):
+    assert own_parameters(path)["profile"] == "quick"

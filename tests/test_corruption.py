@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+
+from bnnlib.batches import scale_pixels
+from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
+from bnnlib.data import ImageSet
+from bnnlib.errors import InvalidValue
+
+ALL = [random_labels, gaussian_inputs, shuffled_pixels, random_pixels]
+
+
+@pytest.mark.parametrize("corrupt", ALL)
+def test_the_set_given_in_stays_as_it_is_and_the_seed_decides(corrupt, noise):
+    data, untouched = noise(), noise()
+    one, again, other = (corrupt(data, seed=seed) for seed in (1, 1, 2))
+    for a, b, equal in ((data, untouched, True), (one, again, True), (one, other, False)):
+        same = torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert same is equal
+    assert data.provenance == ()
+    assert (one.name, one.split, one.class_names) == (data.name, data.split, data.class_names)
+
+
+@pytest.mark.parametrize("corrupt", ALL)
+def test_each_corruption_adds_a_line_that_names_its_seed(corrupt, noise):
+    twice = corrupt(corrupt(noise(), seed=31), seed=47)
+    assert len(twice.provenance) == 2
+    assert "seed 31" in twice.provenance[0]
+    assert "seed 47" in twice.provenance[1]
+
+
+# ---------------------------------------------------------------------------------- labels
+
+
+def one_class(n, classes):
+    """n images of class 0 in a set of so many classes."""
+    images = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+    names = tuple(map(str, range(classes)))
+    return ImageSet(images, torch.zeros(n, dtype=torch.int64), "blank", "train", names)
+
+
+def test_level_0_is_the_identity(noise):
+    data = noise()
+    assert torch.equal(random_labels(data, 0, seed=1).labels, data.labels)
+
+
+def test_level_1_is_uniform_and_independent_of_the_true_label():
+    labels = random_labels(one_class(20_000, 10), seed=1).labels
+    counts = torch.bincount(labels, minlength=10)
+    assert labels.dtype == torch.int64
+    # 2,000 of each, the true class too; five standard deviations are 212
+    assert (counts - 2_000).abs().max() < 212
+    assert len(set(counts.tolist())) > 1  # drawn one by one, not dealt out evenly
+
+
+@pytest.mark.parametrize(
+    ("fraction", "touched"), [(0, 0), (0.1, 30), (0.25, 75), (0.5, 150), (1, 300)]
+)
+def test_the_share_of_touched_labels_is_exact(fraction, touched):
+    # with 100,000 classes no new label equals the old one
+    labels = random_labels(one_class(300, 100_000), fraction, seed=1).labels
+    assert int((labels != 0).sum()) == touched
+
+
+def test_a_higher_level_repeats_the_lower_one_and_adds_to_it():
+    low, high = (random_labels(one_class(300, 100_000), f, seed=1).labels for f in (0.3, 0.6))
+    touched = low != 0
+    assert torch.equal(high[touched], low[touched])
+    assert int((high != 0).sum()) == 2 * int(touched.sum())
+
+
+def test_images_stay_and_the_hash_of_the_labels_is_noted(noise):
+    data = noise()
+    corrupted = random_labels(data, 0.5, seed=1)
+    assert torch.equal(corrupted.images, data.images)
+    assert corrupted.label_hash() in corrupted.provenance[0]
+    assert "fraction 0.5" in corrupted.provenance[0]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(noise, fraction):
+    with pytest.raises(InvalidValue, match=f"between 0 and 1, got {fraction}"):
+        random_labels(noise(), fraction, seed=1)
+
+
+# ------------------------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize("variance", [0.1, 0.5])
+def test_gaussian_inputs_have_mean_0_and_the_variance(noise, variance):
+    data = noise(n=300, size=16)
+    x = gaussian_inputs(data, variance, seed=1)
+    assert x.images.dtype == torch.float32
+    assert x.images.shape == data.images.shape
+    assert torch.equal(x.labels, data.labels)
+    # five standard deviations of a mean and a variance of 230,400 values
+    assert abs(x.images.mean().item()) < 5 * (variance / 230_400) ** 0.5
+    assert abs(x.images.var().item() / variance - 1) < 5 * (2 / 230_400) ** 0.5
+
+
+def test_gaussian_inputs_are_not_clipped_nor_scaled_again(noise):
+    x = gaussian_inputs(noise(n=300, size=16), seed=1).images
+    assert x.abs().max() > 1.2  # sigma is 0.316
+    assert scale_pixels(x) is x
+
+
+def test_matched_noise_has_the_moments_of_the_scaled_pixels(noise):
+    data = noise(n=300, size=16)
+    data.images[:] = data.images // 4 + 150  # a bright set of low contrast
+    pixels = scale_pixels(data.images)
+    x = gaussian_inputs(data, seed=1, matched=True).images
+    assert pixels.mean() > 0.3
+    torch.testing.assert_close(x.mean(), pixels.mean(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(x.std(), pixels.std(), rtol=0, atol=2e-3)
+
+
+def test_noise_is_matched_to_noise(noise):
+    x = gaussian_inputs(noise(n=300, size=16), 0.04, seed=1)
+    again = gaussian_inputs(x, seed=2, matched=True).images
+    torch.testing.assert_close(again.std(), torch.tensor(0.2), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("variance", [0, -0.1, float("nan")])
+def test_a_variance_that_is_not_positive_is_refused(noise, variance):
+    with pytest.raises(InvalidValue, match=f"variance must be positive, got {variance}"):
+        gaussian_inputs(noise(), variance, seed=1)
+
+
+# ----------------------------------------------------------------------------------- pixels
+
+
+def positions(n):
+    """n images of 16 x 16 in which the value of a pixel is its position."""
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(n, 3, 1, 1)
+    return ImageSet(images, torch.zeros(n, dtype=torch.int64), "positions", "train", ("only",))
+
+
+def orders(data):
+    return data.images.flatten(2).numpy()  # (N, 3, 256)
+
+
+def test_shuffled_pixels_move_alike_in_every_image_channel_and_set():
+    few, many = (orders(shuffled_pixels(positions(n), seed=1)) for n in (3, 5))
+    assert (many == many[0, 0]).all()
+    assert (few == many[0, 0]).all()
+    assert sorted(many[0, 0]) == list(range(256))
+    assert (many[0, 0] != np.arange(256)).mean() > 0.9
+
+
+def test_random_pixels_move_differently_in_every_image_but_with_their_colours():
+    found = orders(random_pixels(positions(5), seed=1))
+    assert (np.sort(found) == np.arange(256)).all()
+    assert (found == found[:, :1]).all()
+    assert len({image.tobytes() for image in found[:, 0]}) == 5
+
+
+@pytest.mark.parametrize("corrupt", [shuffled_pixels, random_pixels])
+def test_moving_pixels_keeps_labels_type_and_floats(corrupt, noise):
+    data = gaussian_inputs(noise(), seed=1)
+    moved = corrupt(data, seed=1)
+    assert torch.equal(moved.labels, data.labels)
+    assert moved.images.dtype == torch.float32
+    assert torch.equal(moved.images.flatten(2).sort().values, data.images.flatten(2).sort().values)

@@ -1,0 +1,474 @@
+import hashlib
+import os
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import bnnlib.data
+from bnnlib.data import CIFAR10_CLASSES, SIZES, SVHN_CLASSES, ImageSet, load, load_npz
+from bnnlib.errors import DataNotFound, InvalidValue
+
+PIXELS = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+LABELS = torch.tensor([0, 1, 2, 1])
+ABC = ("a", "b", "c")
+
+
+# -------------------------------------------------------------------------------- ImageSet
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "text"),
+    [
+        (PIXELS.permute(0, 2, 3, 1), LABELS, r"torch.uint8 \(4, 2, 2, 3\)"),
+        (PIXELS[0], LABELS, r"torch.uint8 \(3, 2, 2\)"),
+        (PIXELS.double(), LABELS, "torch.float64"),
+        (PIXELS.long(), LABELS, "torch.int64"),
+        (PIXELS, LABELS.int(), "got torch.int32"),
+        (PIXELS, LABELS[:3], r"shape \(4,\), got torch.int64 \(3,\)"),
+        (PIXELS, LABELS[:, None], r"got torch.int64 \(4, 1\)"),
+        (PIXELS, LABELS - 1, r"in 0..2, got -1..1"),
+        (PIXELS, LABELS + 1, r"in 0..2, got 1..3"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(images, labels, text):
+    with pytest.raises(InvalidValue, match=text):
+        ImageSet(images, labels, "mine", "train", ABC)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_bytes_and_scaled_floats_are_images(dtype):
+    assert len(ImageSet(PIXELS.to(dtype), LABELS, "mine", "train", ABC)) == 4
+
+
+def test_first_images_keep_their_labels_and_the_record():
+    data = ImageSet(PIXELS, LABELS, "mine", "train", ABC, ("noted",))
+    assert data.first(3).labels.tolist() == [0, 1, 2]
+    assert data.first(3).provenance == ("noted",)
+    assert data.first(None) is data
+
+
+@pytest.mark.parametrize("n", [0, -1, 5])
+def test_first_of_too_many_or_none_is_refused(n):
+    with pytest.raises(InvalidValue, match=f"mine train has 4 images, asked for {n}"):
+        ImageSet(PIXELS, LABELS, "mine", "train", ABC).first(n)
+
+
+def test_label_hash_is_that_of_little_endian_64_bit_integers():
+    expected = hashlib.sha256(struct.pack("<4q", 0, 1, 2, 1)).hexdigest()
+    assert ImageSet(PIXELS, LABELS, "mine", "train", ABC).label_hash() == expected
+
+
+# ------------------------------------------------------------------------- names and splits
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "text"),
+    [
+        ("glyph", "train", "unknown data set 'glyph'; did you mean 'glyphs'"),
+        ("cifar", "train", "did you mean 'cifar10'"),
+        ("cifar10", "validation", "unknown cifar10 split 'validation'; did you mean 'valid'"),
+        ("glyphs", "extra", r"unknown glyphs split 'extra'.*allowed: train, valid, test"),
+        ("svhn", "split_train", "did you mean 'splitted_train'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(name, split, text):
+    with pytest.raises(InvalidValue, match=text):
+        load(name, split)
+
+
+def test_sizes_are_those_of_pylearn2():
+    assert SIZES["cifar10"] == {"train": 45_000, "valid": 5_000, "test": 10_000}
+    assert SIZES["svhn"]["train"] == 73_257
+    assert SIZES["svhn"]["test"] == 26_032
+    assert SIZES["svhn"]["extra"] == 531_131
+    assert SIZES["svhn"]["train_all"] == 73_257 + 531_131
+    assert SIZES["svhn"]["splitted_train"] == 73_257 + 531_131 - SIZES["svhn"]["valid"]
+
+
+# ------------------------------------------------------------------------------ drawn sets
+
+
+@pytest.mark.parametrize("name", ["glyphs", "shapes"])
+class TestDrawnSets:
+    def test_needs_no_file(self, name, tmp_path):
+        data = load(name, "test", root=tmp_path, n=20)
+        assert (len(data), data.name, data.split) == (20, name, "test")
+        assert data.images.shape == (20, 3, 32, 32)
+        assert len(data.class_names) == 10
+
+    def test_same_arguments_same_bytes_and_others_differ(self, name):
+        data = load(name, "train", n=20, seed=3)
+        again, other_seed, other_split = (
+            load(name, "train", n=20, seed=3),
+            load(name, "train", n=20, seed=4),
+            load(name, "test", n=20, seed=3),
+        )
+        assert torch.equal(data.images, again.images)
+        assert torch.equal(data.labels, again.labels)
+        assert not torch.equal(data.images, other_seed.images)
+        assert not torch.equal(data.images, other_split.images)
+
+    def test_writing_into_a_set_does_not_reach_the_next_one(self, name):
+        spoiled = load(name, "train", n=20)
+        images, labels = spoiled.images.clone(), spoiled.labels.clone()
+        spoiled.images.zero_()
+        spoiled.labels.zero_()
+        assert torch.equal(load(name, "train", n=20).images, images)
+        assert torch.equal(load(name, "train", n=20).labels, labels)
+
+    @pytest.mark.parametrize("n", [0, -3])
+    def test_without_images_it_is_refused(self, name, n):
+        with pytest.raises(InvalidValue, match=f"n must be at least 1, got {n}"):
+            load(name, "train", n=n)
+
+
+def test_a_drawn_split_has_its_stated_size(monkeypatch):
+    monkeypatch.setitem(bnnlib.data.SIZES, "glyphs", {"train": 7, "valid": 3, "test": 3})
+    assert len(load("glyphs", "train")) == 7
+
+
+# ------------------------------------------------------------- real sets, from a small double
+
+
+class Disk:
+    """Stands for torchvision, and keeps what it was asked for."""
+
+    def __init__(self, files):
+        self.files = files
+        self.asked = []
+
+    def read(self, kind, folder, download, **which):
+        (file,) = which.values()
+        self.asked.append((kind, folder, download))
+        return self.files[file]
+
+
+def traced(file, labels):
+    """Images (N, 1, 2, 3) whose colours say file and label, and whose second pixel the row."""
+    row = np.arange(len(labels))
+    columns = [np.full_like(row, file), labels, 0 * row, row // 256, row % 256, 0 * row]
+    return np.stack(columns, axis=1).astype(np.uint8).reshape(-1, 1, 2, 3)
+
+
+def file_of(data):
+    return data.images[:, 0, 0, 0].long()
+
+
+def label_of(data):
+    return data.images[:, 1, 0, 0].long()
+
+
+def row_of(data):
+    return data.images[:, 0, 0, 1].long() * 256 + data.images[:, 1, 0, 1]
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    labels = np.arange(50_000) % 10
+    train = SimpleNamespace(data=traced(0, labels), targets=labels.tolist())
+    test = SimpleNamespace(data=traced(1, labels[:10_000]), targets=labels[:10_000].tolist())
+    disk = Disk({True: train, False: test})
+    monkeypatch.setattr(bnnlib.data, "_torchvision", disk.read)
+
+
+@pytest.mark.parametrize(
+    ("split", "file", "first", "last"),
+    [("train", 0, 0, 44_999), ("valid", 0, 45_000, 49_999), ("test", 1, 0, 9_999)],
+)
+def test_cifar10_is_split_by_row_in_the_order_of_the_files(cifar10, split, file, first, last):
+    data = load("cifar10", split)
+    assert torch.equal(row_of(data), torch.arange(first, last + 1))
+    assert torch.equal(label_of(data), data.labels)
+    assert set(file_of(data).tolist()) == {file}
+    assert data.class_names == CIFAR10_CLASSES
+    assert len(data) == SIZES["cifar10"][split]
+
+
+FILES = ("train", "extra", "test")
+
+
+@pytest.fixture
+def svhn(monkeypatch):
+    """500, 300 and 20 images of each digit; like torchvision's, the label of digit 0 is 0."""
+    digits = [np.tile(np.arange(10), per_class) for per_class in (500, 300, 20)]
+    images = [traced(i, labels).transpose(0, 3, 1, 2) for i, labels in enumerate(digits)]
+    files = [SimpleNamespace(data=x, labels=y) for x, y in zip(images, digits, strict=True)]
+    disk = Disk(dict(zip(FILES, files, strict=True)))
+    monkeypatch.setattr(bnnlib.data, "_torchvision", disk.read)
+    return disk
+
+
+def members(data):
+    return set(zip(file_of(data).tolist(), row_of(data).tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("split", "of_train", "of_extra", "of_test"),
+    [
+        ("train", 500, 0, 0),
+        ("extra", 0, 300, 0),
+        ("test", 0, 0, 20),
+        ("train_all", 500, 300, 0),
+        ("valid", 400, 200, 0),
+        ("splitted_train", 100, 100, 0),
+    ],
+)
+def test_svhn_split_has_so_many_of_each_class_of_each_file(
+    svhn, split, of_train, of_extra, of_test
+):
+    data = load("svhn", split)
+    for file, count in enumerate((of_train, of_extra, of_test)):
+        labels = data.labels[file_of(data) == file]
+        assert torch.bincount(labels, minlength=10).tolist() == [count] * 10
+    assert len(members(data)) == len(data)  # no image twice
+
+
+def test_svhn_class_is_digit_minus_one_so_that_zero_comes_last(svhn):
+    data = load("svhn", "test")
+    assert [SVHN_CLASSES[label] for label in data.labels] == [str(d.item()) for d in label_of(data)]
+    assert tuple("1234567890") == SVHN_CLASSES
+
+
+def test_svhn_train_holds_4000_of_the_6000_validation_images(svhn):
+    train, valid, rest = (members(load("svhn", s)) for s in ("train", "valid", "splitted_train"))
+    assert len(valid) == 6_000
+    assert len(valid & train) == 4_000
+    assert not valid & rest
+    assert valid | rest == members(load("svhn", "train_all"))
+
+
+def test_svhn_is_shuffled_once_by_the_seed_of_pylearn2(svhn):
+    order = np.arange(5_000)
+    np.random.RandomState(322).shuffle(order)
+    expected = svhn.files["train"].data[order]
+    assert np.array_equal(load("svhn", "train").images.numpy(), expected)
+
+
+def test_root_and_download_reach_torchvision(svhn, tmp_path, monkeypatch):
+    load("svhn", "test", root=tmp_path / "a", download=True)
+    monkeypatch.setenv("BNNLIB_DATA", str(tmp_path / "b"))
+    load("svhn", "test")
+    monkeypatch.delenv("BNNLIB_DATA")
+    load("svhn", "test", n=3)
+    assert svhn.asked == [
+        ("SVHN", tmp_path / "a", True),
+        ("SVHN", tmp_path / "b", False),
+        ("SVHN", Path("data"), False),
+    ]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn"])
+def test_missing_files_are_reported_with_the_folder_and_the_remedy(name, tmp_path):
+    with pytest.raises(DataNotFound) as caught:
+        load(name, "train", root=tmp_path)
+    for word in (str(tmp_path), "MD5", "download", "BNNLIB_DATA"):
+        assert word in str(caught.value)
+
+
+# ---------------------------------------------------------------------- importing torchvision
+
+
+@pytest.fixture
+def torchvision_of(tmp_path, monkeypatch):
+    """Puts a torchvision with this `_meta_registrations` in place of the installed one."""
+
+    def is_torchvision(module):
+        return module.split(".")[0] == "torchvision"
+
+    before = {name: module for name, module in sys.modules.items() if is_torchvision(name)}
+    package = tmp_path / "torchvision"
+    (package / "datasets").mkdir(parents=True)
+    (package / "__init__.py").write_text("from torchvision import _meta_registrations\n")
+    (package / "datasets" / "__init__.py").write_text("made_up = True\n")
+
+    def install(registrations):
+        (package / "_meta_registrations.py").write_text(registrations)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in before:
+            del sys.modules[name]
+
+    yield install
+    for name in [name for name in sys.modules if is_torchvision(name)]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_torchvision_is_importable_beside_this_torch():
+    datasets = bnnlib.data._import_torchvision_datasets()
+    assert issubclass(datasets.CIFAR10, torch.utils.data.Dataset)
+    assert issubclass(datasets.SVHN, torch.utils.data.Dataset)
+
+
+def test_operators_that_are_not_there_are_passed_over(torchvision_of):
+    torchvision_of('raise RuntimeError("operator torchvision::nms does not exist")')
+    assert bnnlib.data._import_torchvision_datasets().made_up
+
+
+def test_a_matching_torchvision_is_left_alone(torchvision_of):
+    torchvision_of("registered = True")
+    assert bnnlib.data._import_torchvision_datasets().made_up
+    assert sys.modules["torchvision._meta_registrations"].registered
+
+
+def test_other_failures_of_the_import_are_shown(torchvision_of):
+    torchvision_of('raise RuntimeError("something else")')
+    with pytest.raises(RuntimeError, match="something else"):
+        bnnlib.data._import_torchvision_datasets()
+
+
+# ------------------------------------------------------------------------------- .npz files
+
+
+IMAGES = np.arange(5 * 3 * 2 * 2, dtype=np.uint8).reshape(5, 3, 2, 2)
+CLASSES = np.array([3, 1, 4, 1, 5])
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Writes arrays to a file and returns its path."""
+
+    def write(**arrays):
+        np.savez(tmp_path / "mine.npz", **arrays)
+        return tmp_path / "mine.npz"
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_plain_images_and_labels_are_the_training_set(npz, dtype):
+    data = load_npz(npz(images=IMAGES, labels=CLASSES.astype(dtype)), "train")
+    assert np.array_equal(data.images.numpy(), IMAGES)
+    assert data.labels.tolist() == CLASSES.tolist()
+    assert (data.name, data.split, data.class_names) == ("mine", "train", tuple("0123456789"))
+
+
+def test_prefixed_arrays_are_splits(npz):
+    path = npz(
+        train_images=IMAGES, train_labels=CLASSES, test_images=IMAGES[:2], test_labels=CLASSES[:2]
+    )
+    assert [len(load_npz(path, split)) for split in ("train", "test")] == [5, 2]
+
+
+def test_heldout_rows_are_the_test_set(npz):
+    path = npz(images=IMAGES, labels=CLASSES, heldout=[0, 1, 0, 0, 1])
+    assert load_npz(path, "train").labels.tolist() == [3, 4, 1]
+    assert load_npz(path, "test").labels.tolist() == [1, 5]
+    assert np.array_equal(load_npz(path, "test").images.numpy(), IMAGES[[1, 4]])
+
+
+def test_class_names_are_read_and_more_classes_are_numbered(npz):
+    names = ["w", "x", "y", "z", "u", "v"]
+    data = load_npz(npz(images=IMAGES, labels=CLASSES, class_names=names), "train")
+    assert data.class_names == tuple(names)
+    data = load_npz(npz(images=IMAGES, labels=CLASSES + 8), "train")
+    assert len(data.class_names) == 14
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"images": IMAGES}, "mine.npz"),
+        ({"labels": CLASSES}, "mine.npz"),
+        ({"images": IMAGES, "labels": CLASSES.astype(float)}, "integers, got float64"),
+        ({"images": IMAGES, "labels": CLASSES - 2}, "got -1..3"),
+        ({"images": IMAGES, "labels": CLASSES[:4]}, r"shape \(5,\)"),
+        ({"images": IMAGES, "labels": CLASSES, "class_names": ["a", "b"]}, "in 0..1, got 1..5"),
+        ({"images": IMAGES.astype(np.float64), "labels": CLASSES}, "float64"),
+        ({"images": IMAGES.astype(np.float32), "labels": CLASSES}, "float32"),
+        ({"images": IMAGES.astype(str), "labels": CLASSES}, "images"),
+        ({"images": IMAGES.transpose(0, 2, 3, 1), "labels": CLASSES}, r"\(5, 2, 2, 3\)"),
+        ({"images": IMAGES, "labels": CLASSES, "heldout": [0, 1]}, "heldout"),
+        ({"images": IMAGES[:4], "labels": CLASSES, "heldout": [0, 1, 0, 0, 1]}, "images|labels"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(npz, arrays, text):
+    with pytest.raises(InvalidValue, match=text):
+        load_npz(npz(**arrays), "train")
+
+
+def test_unknown_split_names_those_of_the_file(npz):
+    path = npz(train_images=IMAGES, train_labels=CLASSES)
+    with pytest.raises(InvalidValue, match=r"'trian'; did you mean 'train'"):
+        load_npz(path, "trian")
+
+
+def test_pickled_objects_are_not_unpickled(npz, tmp_path):
+    class Intruder:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    with pytest.raises(InvalidValue, match="plain arrays"):
+        load_npz(npz(images=np.array([Intruder()]), labels=CLASSES), "train")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_npz_is_refused(tmp_path, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(InvalidValue, match=r"mine\.npz"):
+        load_npz(tmp_path / "mine.npz", "train")
+
+
+def test_a_lone_array_is_no_npz(tmp_path):
+    with (tmp_path / "mine.npz").open("wb") as file:
+        np.save(file, IMAGES)
+    with pytest.raises(InvalidValue, match=r"mine\.npz"):
+        load_npz(tmp_path / "mine.npz", "train")
+
+
+def test_npz_is_looked_for_here_and_then_in_root(npz, tmp_path, monkeypatch):
+    npz(images=IMAGES, labels=CLASSES)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert len(load("mine.npz", "train", root=tmp_path)) == 5
+    monkeypatch.setenv("BNNLIB_DATA", str(tmp_path))
+    assert len(load("mine.npz", "train", n=2)) == 2
+    np.savez("mine.npz", images=IMAGES[:1], labels=CLASSES[:1])
+    assert len(load("mine.npz", "train")) == 1
+    with pytest.raises(DataNotFound, match=r"yours\.npz"):
+        load("yours.npz", "train")
+
+
+# ------------------------------------------------------------- real sets, where they are kept
+
+
+DATA = Path(os.environ.get("BNNLIB_DATA") or "no data folder")
+
+
+@pytest.mark.skipif(
+    not (DATA / "cifar-10-batches-py").is_dir(), reason="no CIFAR-10 in the folder BNNLIB_DATA"
+)
+class TestRealCifar10:
+    @pytest.mark.parametrize(
+        ("split", "count", "labels"),
+        [
+            ("train", 45_000, [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]),
+            ("valid", 5_000, None),
+            ("test", 10_000, [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]),
+        ],
+    )
+    def test_counts_and_first_labels_are_the_published_ones(self, split, count, labels):
+        data = load("cifar10", split)
+        assert data.images.shape == (count, 3, 32, 32)
+        assert data.images.dtype == torch.uint8
+        assert labels in (None, data.labels[:10].tolist())
+
+    def test_training_and_validation_make_5000_of_each_class(self):
+        both = torch.cat([load("cifar10", split).labels for split in ("train", "valid")])
+        assert torch.bincount(both).tolist() == [5_000] * 10
+
+
+@pytest.mark.skipif(
+    not (DATA / "svhn_exact_subset.npz").is_file(),
+    reason="no svhn_exact_subset.npz in the folder BNNLIB_DATA",
+)
+def test_subset_of_svhn_is_881_images_and_202_held_out():
+    sets = [load("svhn_exact_subset.npz", split) for split in ("train", "test")]
+    assert [len(data) for data in sets] == [881, 202]
+    assert all(data.images.shape[1:] == (3, 32, 32) for data in sets)

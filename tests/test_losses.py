@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from bnnlib.losses import error_rate, mistakes, squared_hinge_loss
+
+
+def test_two_samples_by_hand():
+    logits = torch.tensor([[0.5, -2.0, 0.0], [1.0, 0.25, -1.0]])
+    labels = torch.tensor([0, 1])
+    # label 0: (1 - 0.5)^2 = 0.25, (1 - 2)+ = 0, (1 + 0)^2 = 1
+    # label 1: (1 + 1)^2 = 4, (1 - 0.25)^2 = 0.5625, (1 - 1)+ = 0
+    assert squared_hinge_loss(logits, labels).item() == (0.25 + 1 + 4 + 0.5625) / 6
+
+
+@pytest.mark.parametrize(("output", "loss"), [(-0.8, 0.36), (-1.0, 0.4), (0.0, 1.0)])
+def test_loss_of_a_constant_output(output, loss):
+    logits, labels = torch.full((20, 10), output), torch.arange(20) % 10
+    assert squared_hinge_loss(logits, labels).item() == pytest.approx(loss)
+
+
+def test_gradient_by_hand():
+    logits = torch.tensor([[0.5, -2.0, 0.0]], requires_grad=True)
+    squared_hinge_loss(logits, torch.tensor([0])).backward()
+    # -2 t max(0, 1 - t y) / 3
+    torch.testing.assert_close(logits.grad, torch.tensor([[-1 / 3, 0, 2 / 3]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_has_the_type_of_the_scores(dtype):
+    loss = squared_hinge_loss(torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 1]))
+    assert loss.dtype == dtype
+    assert loss.shape == ()
+
+
+def test_mistakes_and_their_share():
+    logits = torch.tensor([[1.0, 2, 3], [3, 2, 1], [-1, -2, -3], [0, 5, 0]])
+    labels = torch.tensor([2, 1, 0, 0])
+    assert mistakes(logits, labels).tolist() == [False, True, False, True]
+    assert error_rate(logits, labels) == 0.5
+
+
+def test_error_rate_is_exact_for_many_images():
+    logits = torch.zeros(30_000, 2)
+    labels = (torch.arange(30_000) < 1).long()  # one image of class 1; class 0 is predicted
+    assert error_rate(logits, labels) == 1 / 30_000

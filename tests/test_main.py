@@ -1,0 +1,313 @@
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from bnnlib.__main__ import main, parse_field, with_settings
+from bnnlib.errors import InvalidValue
+from bnnlib.experiments import PUBLISHED, is_finished, load_run, published
+
+# The nine scripts, typed from a reading of the originals.
+SCRIPTS = {
+    "svhn-random-labels": "SVHN/svhn_random_labels.py",
+    "svhn-evaluation": "SVHN/svhn_evaluation_random_labels.py",
+    "svhn-dropout": "SVHN/svhn_random_labels_dropout.py",
+    "svhn-l2": "SVHN/svhn_random_labels_l2_regularization.py",
+    "svhn-stochastic": "SVHN/svhn_stochastic_sigmoid_random_labels.py",
+    "cifar10-random-labels": "CIFAR-10/cifar10_random_labels.py",
+    "cifar10-dropout": "CIFAR-10/cifar10_train_acc_dropout.py",
+    "cifar10-stochastic": "CIFAR-10/cifar10_stochastic_sigmoid_random_labels.py",
+    "cifar10-gaussian-inputs": "CIFAR-10/cifar10_randX_input.py",
+}
+# Epochs, final learning rate, its factor per epoch, steps in all, NumPy seed.
+SCHEDULES = {
+    "svhn-random-labels": (500, 1e-6, 0.986279486, 732_500, 1234),
+    "svhn-evaluation": (0, 1e-6, None, 0, 1234),
+    "svhn-dropout": (500, 1e-6, 0.986279486, 732_500, 1234),
+    "svhn-l2": (500, 1e-6, 0.986279486, 732_500, 1234),
+    "svhn-stochastic": (1500, 1e-6, 0.995405417, 2_197_500, 1234),
+    "cifar10-random-labels": (500, 3e-7, 0.983907435, 450_000, 1234),
+    "cifar10-dropout": (1000, 3e-7, 0.991921083, 900_000, None),
+    "cifar10-stochastic": (1000, 3e-7, 0.991921083, 900_000, 1234),
+    "cifar10-gaussian-inputs": (1000, 3e-7, 0.991921083, 900_000, None),
+}
+# What all share, and after it what some change.
+COMMON = {
+    "batch_size": 50,
+    "lr_start": 1e-3,
+    "schedule": "exponential",
+    "width": 1.0,
+    "binary": True,
+    "activation": "binary_tanh",
+    "weights": "deterministic",
+    "evaluation_weights": "deterministic",
+    "evaluation_statistics": "running",
+    "dropout": [],
+    "l2": 0.0,
+    "l2_target": "nothing",
+    "random_labels": 1.0,
+    "random_label_splits": ["train", "valid", "test"],
+    "gaussian_variance": 0.0,
+    "gaussian_splits": ["train"],
+    "n_train": None,
+    "n_valid": None,
+    "n_test": None,
+    "evaluate_every": 1,
+    "evaluates": "",
+    "evaluation_rows": None,
+}
+DIFFERENCES = {
+    "svhn-evaluation": {"evaluates": "svhn-random-labels", "evaluation_rows": 7000},
+    "svhn-dropout": {"dropout": [0.25, 0.5]},
+    "svhn-l2": {"l2": 5e-4},
+    "svhn-stochastic": {
+        "activation": "binary_sigmoid",
+        "weights": "stochastic",
+        "evaluation_weights": "stochastic",
+        "evaluation_statistics": "batch",
+        "random_label_splits": ["train", "valid"],
+    },
+    "cifar10-dropout": {"dropout": [0.5, 0.5]},
+    "cifar10-stochastic": {
+        "activation": "binary_sigmoid",
+        "weights": "stochastic",
+        "evaluation_weights": "real",
+    },
+    "cifar10-gaussian-inputs": {
+        "random_labels": 0.0,
+        "random_label_splits": [],
+        "gaussian_variance": 0.1,
+    },
+}
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, arguments, prog_name="python -m bnnlib")
+
+
+def in_shell(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "bnnlib", *arguments], capture_output=True, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def listed():
+    return {entry["name"]: entry for entry in json.loads(call("list", "--json").stdout)}
+
+
+# ------------------------------------------------------------------------ list and describe
+
+
+def test_the_nine_are_listed_in_order(listed):
+    assert list(listed) == list(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_and_schedule(listed, name):
+    entry = listed[name]
+    epochs, lr_final, decay, steps, seed = SCHEDULES[name]
+    assert entry["script"] == SCRIPTS[name]
+    assert entry["dataset"] == entry["network"] == name.split("-")[0]
+    assert (entry["epochs"], entry["lr_final"], entry["steps"]) == (epochs, lr_final, steps)
+    assert entry["lr_decay"] == pytest.approx(decay, abs=5e-10)
+    assert entry["original_seed"] == seed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_settings(listed, name):
+    expected = COMMON | DIFFERENCES.get(name, {})
+    assert {field: listed[name][field] for field in expected} == expected
+
+
+def test_every_field_is_compared_but_text_and_our_own_seeds(listed):
+    compared = set(COMMON) | {"script", "epochs", "lr_final", "lr_decay", "steps", "original_seed"}
+    compared |= {"name", "dataset", "network"}
+    ours = {"summary", "missing", "run_folder", "seed", "corruption_seed", "data_seed"}
+    for entry in listed.values():
+        assert set(entry) == compared | ours
+
+
+def test_what_cannot_run_yet_is_marked(listed):
+    missing = {name for name, entry in listed.items() if entry["missing"]}
+    assert missing == {"svhn-stochastic", "cifar10-stochastic"}
+    lines = call("list").stdout.splitlines()
+    assert {line.split()[0] for line in lines if "cannot run yet" in line} == missing
+
+
+def test_list_has_a_line_for_each():
+    lines = call("list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(SCRIPTS)
+    assert all(published(line.split()[0]).summary in line for line in lines)
+
+
+def test_describe_shows_every_field(listed):
+    lines = call("describe", "cifar10-dropout").stdout.splitlines()
+    shown = {line[:23].strip(): line[23:] for line in lines}
+    assert set(shown) == set(listed["cifar10-dropout"])
+    assert (shown["epochs"], shown["dropout"]) == ("1000", "(0.5, 0.5)")
+
+
+def test_describe_at_a_profile():
+    assert "glyphs" in call("describe", "svhn-l2", "--profile", "smoke").stdout
+
+
+# --------------------------------------------------------------------------------- mistakes
+
+
+RUN = ("run", "svhn-random-labels", "--profile", "smoke", "--out", "unused")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("rnu",), "Did you mean 'run'"),
+        (("list", "--jsn"), "--json"),
+        (("describe", "svhn-droput"), "did you mean 'svhn-dropout'"),
+        (("run", "svhn-random-label"), "did you mean 'svhn-random-labels'"),
+        (("run", "svhn-l2", "--profile", "quik"), "did you mean 'quick'"),
+        (("describe", "svhn-l2", "--profile", "smok"), "did you mean 'smoke'"),
+        ((*RUN, "--set", "epoch=3"), "unknown field 'epoch'; did you mean 'epochs'"),
+        ((*RUN, "--set", "epochs=three"), "epochs takes a whole number, got 'three'"),
+        ((*RUN, "--set", "epochs=1.5"), "epochs takes a whole number, got '1.5'"),
+        ((*RUN, "--set", "binary=yes"), "binary takes true or false, got 'yes'"),
+        ((*RUN, "--set", "width=wide"), "width takes a number, got 'wide'"),
+        ((*RUN, "--set", "n_train=few"), "n_train takes a whole number or none, got 'few'"),
+        ((*RUN, "--set", "dropout=a,b"), "dropout takes a number, or several with commas"),
+        ((*RUN, "--set", "dropout=1.0"), "below 1, got 1.0"),
+        ((*RUN, "--set", "network=smal"), "did you mean 'small'"),
+        ((*RUN, "--set", "random_label_splits=trian"), "did you mean 'train'"),
+        ((*RUN, "--set", "epochs"), "--set takes field=value, got 'epochs'"),
+        ((*RUN, "--set", "seed=-1"), "seed"),
+        ((*RUN, "--device", "cud"), "device 'cud' cannot be used here"),
+        (("run", "svhn-evaluation", "--profile", "smoke"), "run_folder"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_name_and_status_2(
+    arguments, text, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)  # not a traceback
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert text in errors[0]
+    assert result.stderr.endswith(errors[0] + "\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("run", "svhn-stochastic"), "svhn-stochastic cannot run yet"),
+        (("run", "cifar10-stochastic", "--profile", "full"), "cifar10-stochastic cannot run yet"),
+        (("run", "cifar10-dropout", "--profile", "full", "--data", "."), "CIFAR10 is not in"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_status_1(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith(f"Error: {text}")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_ends_quietly(monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnnlib.__main__.run", interrupt)
+    result = call(*RUN)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+# ---------------------------------------------------------------------------------- --set
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("width", "0.5", 0.5),
+        ("lr_final", "1e-6", 1e-6),
+        ("binary", "False", False),
+        ("binary", "true", True),
+        ("n_train", "none", None),
+        ("n_train", " 100 ", 100),
+        ("dropout", "0.25, 0.5", (0.25, 0.5)),
+        ("dropout", "0.5", (0.5,)),
+        ("dropout", "", ()),
+        ("random_label_splits", "train,valid", ("train", "valid")),
+        ("dataset", "my=set.npz", "my=set.npz"),
+    ],
+)
+def test_a_value_is_read_by_the_type_of_its_field(field, text, value):
+    parsed = parse_field(field, text)
+    assert (parsed, type(parsed)) == (value, type(value))
+    assert getattr(with_settings(published("svhn-l2"), (f"{field}={text}",)), field) == value
+
+
+def test_settings_are_applied_together():
+    changed = with_settings(published("svhn-l2"), ("schedule=linear", "lr_final=0", "epochs = 3"))
+    assert (changed.schedule, changed.lr_final, changed.epochs) == ("linear", 0.0, 3)
+
+
+def test_a_field_that_is_not_there_is_refused():
+    with pytest.raises(InvalidValue, match="did you mean 'evaluate_every'"):
+        parse_field("evaluate_evry", "3")
+
+
+# ----------------------------------------------------------------------------------- running
+
+
+def test_in_a_shell_a_run_ends_with_its_errors_and_its_folder(tmp_path):
+    out = tmp_path / "out"
+    setting = "corruption_seed=5"
+    result = in_shell(*RUN[:-1], str(out), "--set", setting, "--device", "cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    errors, folder = result.stdout.splitlines()
+    assert folder == str(out)
+    assert "train error" in errors
+    assert "epoch 2/2" in result.stderr  # in lines, since no terminal is there
+    assert load_run(out).experiment.corruption_seed == 5
+
+
+def test_in_a_shell_a_mistake_has_no_traceback(tmp_path):
+    result = in_shell("run", "svhn-random-label", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: unknown experiment")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"svhn-stochastic", "cifar10-stochastic"}))
+def test_every_experiment_that_can_run_has_a_form_of_seconds(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    more = ()
+    if name == "svhn-evaluation":
+        call("run", "svhn-random-labels", "--profile", "smoke", "--out", "memorizer")
+        more = ("--set", "run_folder=memorizer")
+    result = call("run", name, "--profile", "smoke", *more)
+    assert result.exit_code == 0, result.output
+    assert is_finished(tmp_path / "runs" / name / "smoke-seed0")
+    assert "error" in result.stdout
+
+
+def test_a_run_without_epochs_ends_without_a_traceback(tmp_path):
+    result = call(*RUN[:-1], str(tmp_path / "out"), "--set", "epochs=0")
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_commands_explain_themselves():
+    assert isinstance(main, click.Group)
+    for command in ("list", "describe", "run"):
+        result = call(command, "-h")
+        assert result.exit_code == 0
+        assert main.commands[command].help.splitlines()[0] in result.stdout

@@ -1,0 +1,102 @@
+from math import inf, nan, nextafter
+
+import numpy as np
+import pytest
+import torch
+
+from bnnlib.quantizers import (
+    binarize,
+    binarize_stochastic,
+    binary_sigmoid,
+    binary_tanh,
+    hard_sigmoid,
+    sign,
+)
+
+FLOATS = [torch.float32, torch.float64]
+
+
+def just_above_one(dtype):
+    """The smallest number of this type that is larger than 1."""
+    if dtype == torch.float64:
+        return nextafter(1, 2)
+    return float(np.nextafter(np.float32(1), np.float32(2)))
+
+
+def slopes(quantizer, values, dtype):
+    x = torch.tensor(values, dtype=dtype, requires_grad=True)
+    quantizer(x).sum().backward()
+    return x.grad.tolist()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("quantizer", "lower"), [(sign, -1), (binary_tanh, -1), (binarize, -1), (binary_sigmoid, 0)]
+)
+def test_two_values_and_zero_gives_the_upper(quantizer, lower, dtype):
+    tiny = torch.finfo(dtype).tiny
+    x = torch.tensor([0.0, -0.0, tiny, 0.3, 1, 7, inf, -tiny, -0.3, -1, -7, -inf], dtype=dtype)
+    before = x.clone()
+    assert quantizer(x).tolist() == [1] * 7 + [lower] * 5
+    assert quantizer(x).dtype == dtype
+    assert torch.equal(x, before)
+
+
+def test_not_a_number_becomes_plus_one():
+    assert sign(torch.tensor([nan])).item() == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("quantizer", "slope"), [(binary_tanh, 1.0), (binary_sigmoid, 0.5)])
+def test_straight_through_slope_up_to_one_inclusive(quantizer, slope, dtype):
+    inside = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0]
+    beyond = just_above_one(dtype)
+    outside = [beyond, -beyond, 1.5, -1.5, inf, -inf]
+    assert slopes(quantizer, inside, dtype) == [slope] * 6
+    assert slopes(quantizer, outside, dtype) == [0.0] * 6
+
+
+@pytest.mark.parametrize("quantizer", [binary_tanh, binary_sigmoid])
+def test_incoming_gradient_is_multiplied(quantizer):
+    x = torch.tensor([0.2, -0.2, 2.0], requires_grad=True)
+    quantizer(x).backward(torch.tensor([4.0, -6.0, 8.0]))
+    slope = 1.0 if quantizer is binary_tanh else 0.5
+    assert x.grad.tolist() == [4 * slope, -6 * slope, 0]
+
+
+def test_gradient_of_weights_is_passed_on_without_a_mask(generator):
+    values = [0.0, 0.5, -1.0, 1.0, 3.0, -3.0]
+    assert slopes(binarize, values, torch.float32) == [1] * 6
+    sampled = slopes(lambda w: binarize_stochastic(w, generator), values, torch.float32)
+    assert sampled == [1] * 6
+
+
+def test_hard_sigmoid_is_a_clipped_line():
+    x = torch.tensor([-inf, -2, -1, -0.5, 0, 0.5, 1, 2, inf])
+    assert hard_sigmoid(x).tolist() == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize("weight", [-0.8, 0.0, 0.5])
+def test_stochastic_weights_are_plus_one_with_the_probability_of_the_hard_sigmoid(
+    weight, generator
+):
+    n = 40_000
+    sample = binarize_stochastic(torch.full((n,), weight), generator)
+    p = (weight + 1) / 2
+    assert set(sample.tolist()) == {-1.0, 1.0}
+    assert abs((sample == 1).double().mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24])
+def test_saturated_weights_never_flip_whatever_is_drawn(draw, generator, monkeypatch):
+    weight = torch.tensor([-1.0, 1.0, -2.0, 2.0])
+    monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(shape, draw))
+    assert binarize_stochastic(weight, generator).tolist() == [-1, 1, -1, 1]
+
+
+def test_samples_are_those_of_the_generator(generator):
+    weight = torch.zeros(1_000)
+    first, second = binarize_stochastic(weight, generator), binarize_stochastic(weight, generator)
+    again = binarize_stochastic(weight, torch.Generator().manual_seed(0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)

@@ -1,0 +1,287 @@
+import copy
+from itertools import pairwise
+from math import isnan, nan
+
+import pytest
+import torch
+from torch import nn
+
+from bnnlib.batches import Batches
+from bnnlib.errors import InvalidValue
+from bnnlib.losses import error_rate
+from bnnlib.models import Architecture, binarynet
+from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.train import History, describe_row, evaluate, fit, learning_rates, train_epoch
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def start(tiny, noise):
+    """Makes a tiny network, its optimizer, and 60 images in batches of 20."""
+
+    def make(seed=0):
+        model = binarynet(tiny, generator=seeded(seed))
+        return model, BinaryAdam(parameter_groups(model)), Batches(noise(), 20)
+
+    return make
+
+
+# --------------------------------------------------------------------------- learning rates
+
+
+@pytest.mark.parametrize(
+    ("final", "epochs", "decay", "half_life"),
+    [
+        (1e-6, 500, 0.986279486, 50.2),
+        (1e-6, 1500, 0.995405417, 150.5),
+        (3e-7, 500, 0.983907435, 42.7),
+        (3e-7, 1000, 0.991921083, 85.5),
+    ],
+)
+def test_exponential_rates_are_those_of_the_scripts(final, epochs, decay, half_life):
+    rates = learning_rates("exponential", 1e-3, final, epochs)
+    assert len(rates) == epochs
+    assert rates[0] == 1e-3
+    assert all(b / a == pytest.approx(decay, abs=5e-10) for a, b in pairwise(rates))
+    assert rates[-1] * rates[1] / rates[0] == pytest.approx(final)  # one factor above the final
+    assert rates[round(half_life)] == pytest.approx(5e-4, rel=0.01)
+
+
+def test_linear_rates_fall_in_equal_steps_to_one_step_above_the_final():
+    assert learning_rates("linear", 1.0, 0.0, 4) == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_one_epoch_has_the_starting_rate_and_none_has_none():
+    for schedule in ("linear", "exponential"):
+        assert learning_rates(schedule, 0.1, 0.01, 1) == [0.1]
+        assert learning_rates(schedule, 0.1, 0.01, 0) == []
+
+
+def test_unknown_schedule_is_refused_with_the_nearest():
+    with pytest.raises(InvalidValue, match="'exponentail'; did you mean 'exponential'"):
+        learning_rates("exponentail", 0.1, 0.01, 3)
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+class Constant(nn.Module):
+    """Predicts class 0, whatever it sees."""
+
+    def forward(self, x):
+        return torch.eye(4)[0].expand(len(x), 4)
+
+
+def test_errors_of_a_constant_prediction_by_class(noise):
+    data = noise(n=9, classes=("a", "b", "c", "d"))
+    data.labels.copy_(torch.tensor([0, 0, 0, 1, 1, 1, 1, 3, 3]))
+    result = evaluate(Constant(), Batches(data, 5))
+    assert result.error == pytest.approx(6 / 9)
+    assert result.class_errors[:2] == (0, 1)
+    assert isnan(result.class_errors[2])  # no image of that class
+    assert result.class_errors[3] == 1
+
+
+@pytest.mark.parametrize("batch_size", [7, 60, 500])
+def test_class_errors_average_to_the_error_over_every_image(start, batch_size):
+    model, _, batches = start()
+    result = evaluate(model, batches, batch_size)
+    counts = torch.bincount(batches.labels, minlength=10).tolist()
+    assert min(counts) > 0
+    total = sum(e * n for e, n in zip(result.class_errors, counts, strict=True)) / 60
+    assert result.error == pytest.approx(total)
+    ((x, labels),) = batches.in_order(60)
+    assert result.error == error_rate(model.eval()(x), labels)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_mode_weights_and_averages(start, training):
+    model, _, batches = start()
+    model.train(training)
+    before = copy.deepcopy(model.state_dict())
+    evaluate(model, batches)
+    assert model.training is training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# --------------------------------------------------------------------------------- training
+
+
+def test_an_epoch_changes_every_parameter_with_a_gradient_and_keeps_the_clip(start):
+    model, optimizer, batches = start()
+    before = copy.deepcopy(model.state_dict())
+    loss, error = train_epoch(model, optimizer, batches, seeded())
+    assert 0 < loss < 10
+    assert round(error * 60) == pytest.approx(error * 60)  # a share of the 60 images
+    for name, value in model.state_dict().items():
+        if name.startswith("norm") or name.endswith("weight"):
+            assert not torch.equal(value, before[name]), name
+        if name.endswith("weight") and not name.startswith("norm"):
+            assert value.abs().max() <= 1
+
+
+def test_a_loss_that_is_no_number_ends_the_training(start):
+    model, optimizer, batches = start()
+    nn.init.constant_(model.norm4.bias, nan)
+    with pytest.raises(InvalidValue, match="loss became nan"):
+        train_epoch(model, optimizer, batches, seeded())
+
+
+def test_a_small_network_memorizes_random_labels_and_learns_nothing_else(noise):
+    architecture = Architecture((16, 32), pool_every=1, dense=(256, 256), image_size=16)
+    model = binarynet(architecture, generator=seeded())
+    history = fit(
+        model,
+        BinaryAdam(parameter_groups(model)),
+        Batches(noise(n=60, size=16), 30),
+        test=Batches(noise(n=500, size=16, seed=1), 500),
+        rates=learning_rates("linear", 3e-3, 0.0, 60),
+        generator=seeded(),
+        evaluate_every=60,
+        progress="none",
+    )
+    assert history.last("train_error") <= 0.02
+    assert history.last("test_error") > 0.8
+    assert history.last("train_loss") < history["train_loss"][0] / 3
+
+
+def fitted(start, epochs=3, seed=0, **settings):
+    model, optimizer, batches = start()
+    rates = learning_rates("linear", 1e-3, 0.0, epochs)
+    history = fit(
+        model,
+        optimizer,
+        batches,
+        rates=rates,
+        generator=seeded(seed),
+        progress="none",
+        **settings,
+    )
+    return history, model
+
+
+def test_a_row_for_each_epoch_with_the_stated_columns(start, noise):
+    valid = Batches(noise(n=30, seed=1), 20)
+    history, model = fitted(start, valid=valid, test=valid)
+    classes = [f"_error_class_{i}" for i in range(10)]
+    assert list(history.rows[0]) == [
+        *("epoch", "learning_rate", "train_loss", "train_mode_error"),
+        *("train_error", *("train" + c for c in classes)),
+        "valid_error",
+        *("test_error", *("test" + c for c in classes)),
+        "seconds",
+    ]
+    assert history["epoch"] == [1, 2, 3]
+    assert history["learning_rate"] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert history.last("valid_error") == history.last("test_error") == evaluate(model, valid).error
+    assert min(history["seconds"]) > 0
+
+
+def test_the_rate_of_each_epoch_reaches_the_optimizer(start):
+    model, optimizer, batches = start()
+    before = copy.deepcopy(model.state_dict())
+    fit(model, optimizer, batches, rates=[0.0], generator=seeded(), progress="none")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "every", "evaluated"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (3, 9, [3])]
+)
+def test_errors_are_computed_every_so_many_epochs_and_after_the_last(
+    start, epochs, every, evaluated
+):
+    history, _ = fitted(start, epochs, evaluate_every=every)
+    known = [row["epoch"] for row in history.rows if not isnan(row["train_error"])]
+    assert known == evaluated
+    assert all(map(isnan, history["valid_error"] + history["test_error"]))
+    assert not any(map(isnan, history["train_loss"] + history["train_mode_error"]))
+
+
+def test_same_seed_same_history_and_weights_and_another_seed_differs(start):
+    (first, model), (again, twin), (other, _) = (fitted(start, seed=s) for s in (3, 3, 4))
+    assert first["train_loss"] == again["train_loss"]
+    assert first["train_loss"] != other["train_loss"]
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+
+
+def test_evaluation_does_not_influence_the_training(start):
+    often, rarely = (fitted(start, evaluate_every=n)[1] for n in (1, 3))
+    assert all(map(torch.equal, often.state_dict().values(), rarely.state_dict().values()))
+
+
+def test_after_each_epoch_the_history_so_far_is_handed_out(start):
+    lengths = []
+    fitted(start, after_epoch=lambda history: lengths.append(len(history)))
+    assert lengths == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------- history
+
+
+def test_history_is_read_as_it_was_written(start, tmp_path):
+    history, _ = fitted(start, evaluate_every=2)
+    path = tmp_path / "history.csv"
+    history.save(path)
+    loaded = History.load(path)
+    assert [list(row) for row in loaded.rows] == [list(row) for row in history.rows]
+    for row, saved in zip(loaded.rows, history.rows, strict=True):
+        assert list(row.values()) == pytest.approx(list(saved.values()), rel=1e-8, nan_ok=True)
+        assert isinstance(row["epoch"], int)
+    assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_what_was_loaded_is_saved_without_a_change(start, tmp_path):
+    fitted(start)[0].save(tmp_path / "one.csv")
+    History.load(tmp_path / "one.csv").save(tmp_path / "two.csv")
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+def test_a_history_without_epochs_is_kept_too(tmp_path):
+    History().save(tmp_path / "history.csv")
+    assert History.load(tmp_path / "history.csv").rows == []
+
+
+def test_columns_by_name():
+    history = History([{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": 1.0}])
+    assert len(history) == 2
+    assert history["train_loss"] == [2.0, 1.0]
+    assert history.last("train_loss") == 1.0
+    with pytest.raises(InvalidValue, match="'trainloss'; did you mean 'train_loss'"):
+        history["trainloss"]
+
+
+# --------------------------------------------------------------------------------- progress
+
+
+def test_lines_name_the_first_the_last_and_some_epochs_between(start, capsys):
+    model, optimizer, batches = start()
+    fit(model, optimizer, batches, rates=[0.0] * 30, generator=seeded(), progress="lines")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        f"epoch {epoch}/30" for epoch in (1, *range(3, 31, 3))
+    ]
+    assert "loss" in lines[0]
+
+
+def test_progress_can_be_silent(start, capsys, monkeypatch):
+    model, optimizer, batches = start()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    for progress in ("none", "auto"):
+        fit(model, optimizer, batches, rates=[0.0], generator=seeded(), progress=progress)
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_style_of_progress_is_refused(start):
+    model, optimizer, batches = start()
+    with pytest.raises(InvalidValue, match="'line'; did you mean 'lines'"):
+        fit(model, optimizer, batches, rates=[0.0], generator=seeded(), progress="line")
+
+
+def test_an_epoch_in_words_leaves_out_what_is_not_known():
+    row = {"train_loss": 0.12345, "train_error": 0.25, "valid_error": nan, "test_error": 0.9}
+    assert describe_row(row) == "loss 0.123  train error 25.0 %  test error 90.0 %"
+    assert describe_row({"train_error": 0.25}) == "train error 25.0 %"
