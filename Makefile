@@ -3,7 +3,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint format strip clean
+.PHONY: help env book test lint format figure strip clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: env ## check the formatting and the code of modules and notebooks
 format: env ## format modules and notebooks
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+figure: env ## draw the figure of the README from the stored runs
+	$(VENV)/bin/python book/figure.py
 
 strip: env ## remove the outputs from the notebooks of the book
 	$(VENV)/bin/python book/strip.py

@@ -37,7 +37,7 @@ from bnnlib.corruption import gaussian_inputs, random_labels
 from bnnlib.data import DRAWN, ImageSet, load
 from bnnlib.errors import DataNotFound, InvalidValue, NotRunnable, check_name
 from bnnlib.layers import binarize_parameters_, seed_layers
-from bnnlib.losses import mistakes
+from bnnlib.losses import error_rate
 from bnnlib.models import binarynet
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.train import History, fit, learning_rates
@@ -360,7 +360,7 @@ def evaluate_run(finished: Run, rows: int | None = 7000, root: str | Path | None
         raise InvalidValue("the labels of this run are not those it was trained on")
     model = copy.deepcopy(finished.model).cpu().eval()
     x, labels = next(Batches(data.first(min(rows or len(data), len(data))), len(data)).in_order())
-    return mistakes(binarize_parameters_(model)(x), labels).double().mean().item()
+    return error_rate(binarize_parameters_(model)(x), labels)
 
 
 def _run_evaluation(e: Experiment, folder: Path | None, root: str | Path | None) -> Run:

@@ -3,7 +3,6 @@
 Next file: `optim.py`.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,4 +25,4 @@ def mistakes(logits: Tensor, labels: Tensor) -> Tensor:
 
 def error_rate(logits: Tensor, labels: Tensor) -> float:
     """Share of mistakes, between 0 and 1."""
-    return mistakes(logits, labels).to(torch.float64).mean().item()
+    return mistakes(logits, labels).cpu().double().mean().item()

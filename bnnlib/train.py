@@ -57,10 +57,10 @@ def evaluate(model: nn.Module, batches: Batches, batch_size: int = EVALUATION_BA
     model.eval()
     wrong = torch.cat([mistakes(model(x), y) for x, y in batches.in_order(batch_size)])
     model.train(was_training)
-    wrong = wrong.to(torch.float64)
-    total = torch.zeros(batches.classes, dtype=torch.float64, device=wrong.device)
-    count = total.index_add(0, batches.labels, torch.ones_like(wrong))
-    class_errors = total.index_add(0, batches.labels, wrong) / count  # 0 / 0 is NaN
+    wrong, labels = wrong.cpu().double(), batches.labels.cpu()
+    total = torch.zeros(batches.classes, dtype=torch.float64)
+    count = total.index_add(0, labels, torch.ones_like(wrong))
+    class_errors = total.index_add(0, labels, wrong) / count  # 0 / 0 is NaN
     return Evaluation(wrong.mean().item(), tuple(class_errors.tolist()))
 
 
@@ -87,7 +87,7 @@ def train_epoch(
     loss = torch.stack(losses).mean().item()
     if not isfinite(loss):
         raise InvalidValue(f"the training loss became {loss}; a smaller learning rate may help")
-    return loss, torch.cat(wrong).to(torch.float64).mean().item()
+    return loss, torch.cat(wrong).cpu().double().mean().item()
 
 
 @dataclass

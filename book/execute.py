@@ -144,6 +144,8 @@ def _last_cell(started: list[NotebookNode]) -> str:
     cells = [
         c for c in started if c.cell_type == "code" and c.source.strip()
     ]
+    if not cells:
+        return "its first cell"
     first_line = cells[-1].source.splitlines()[0]
     return f"cell In [{len(cells)}] ({first_line})"
 
