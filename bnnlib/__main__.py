@@ -10,7 +10,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 import click
 
 from bnnlib.errors import BnnlibError, InvalidValue, check_name
-from bnnlib.experiments import PROFILES, PUBLISHED, Experiment, at_profile, published, run
+from bnnlib.experiments import (
+    PROFILES,
+    PUBLISHED,
+    Experiment,
+    at_profile,
+    is_finished,
+    published,
+    run,
+)
 from bnnlib.train import describe_row
 
 
@@ -117,9 +125,10 @@ def run_experiment(name, profile, out, settings, device, data, download) -> None
     """Run one experiment and keep it in a folder."""
     experiment = with_settings(at_profile(published(name), profile), settings)
     out = out or Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
+    note = " was finished before and is not run again" if is_finished(out) else ""
     result = run(experiment, out, device=device, root=data, download=download)
     last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
-    click.echo(f"{last}\n{out}")
+    click.echo(f"{last}\n{out}{note}")
 
 
 if __name__ == "__main__":

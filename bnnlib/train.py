@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, isnan, nan
+from math import ceil, isfinite, isnan, nan
 from pathlib import Path
 
 import torch
@@ -158,7 +158,7 @@ def fit(
     `evaluate_every` epochs and after the last. `after_epoch` is given the history so far.
     """
     history = History()
-    for epoch, lr in _epochs(rates, history, progress):
+    for epoch, lr in _epochs(rates, history, progress, evaluate_every):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -187,11 +187,16 @@ def _error_columns(name: str, model, batches: Batches | None, classes: int) -> d
 # -------------------------------------------------------------------------------- progress
 
 
-def _epochs(rates: Sequence[float], history: History, progress: str) -> Iterator[tuple[int, float]]:
-    """Number and rate of each epoch, showing the history's last row in between."""
-    styles = ("auto", "bar", "lines", "none")
-    check_name("progress", progress, styles)
+def _epochs(
+    rates: Sequence[float], history: History, progress: str, evaluate_every: int
+) -> Iterator[tuple[int, float]]:
+    """Number and rate of each epoch, showing the history's last row in between.
+
+    In lines: the first epoch, the last, and at most ten of the evaluated ones between.
+    """
+    check_name("progress", progress, ("auto", "bar", "lines", "none"))
     style = _style_here() if progress == "auto" else progress
+    stride = ceil(len(rates) / 10 / evaluate_every) * evaluate_every
     bar = tqdm(total=len(rates), unit="epoch", disable=style != "bar", mininterval=0.3)
     with bar:
         for epoch, lr in enumerate(rates, start=1):
@@ -199,7 +204,7 @@ def _epochs(rates: Sequence[float], history: History, progress: str) -> Iterator
             text = describe_row(history.rows[-1])
             bar.set_postfix_str(text, refresh=False)
             bar.update()
-            if style == "lines" and _is_milestone(epoch, len(rates)):
+            if style == "lines" and (epoch in (1, len(rates)) or epoch % stride == 0):
                 print(f"epoch {epoch}/{len(rates)}  {text}", file=sys.stderr, flush=True)
 
 
@@ -208,11 +213,6 @@ def _style_here() -> str:
     if os.environ.get("TQDM_DISABLE"):
         return "none"
     return "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines"
-
-
-def _is_milestone(epoch: int, epochs: int) -> bool:
-    """The first epoch, the last, and about ten between."""
-    return epoch in (1, epochs) or epoch % max(1, epochs // 10) == 0
 
 
 def describe_row(row: dict[str, float]) -> str:

@@ -300,6 +300,14 @@ def test_every_experiment_that_can_run_has_a_form_of_seconds(name, tmp_path, mon
     assert "error" in result.stdout
 
 
+def test_a_finished_run_is_named_as_such_and_left_alone(tmp_path):
+    command = [*RUN[:-1], str(tmp_path / "out")]
+    first, second = call(*command), call(*command)
+    assert "not run again" not in first.stdout
+    assert "not run again" in second.stdout
+    assert first.stdout.splitlines()[0] == second.stdout.splitlines()[0]
+
+
 def test_a_run_without_epochs_ends_without_a_traceback(tmp_path):
     result = call(*RUN[:-1], str(tmp_path / "out"), "--set", "epochs=0")
     assert result.exception is None or isinstance(result.exception, SystemExit)

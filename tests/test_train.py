@@ -267,6 +267,16 @@ def test_lines_name_the_first_the_last_and_some_epochs_between(start, capsys):
     assert "loss" in lines[0]
 
 
+def test_lines_between_are_those_of_evaluated_epochs(start, capsys):
+    model, optimizer, batches = start()
+    settings = {"generator": seeded(), "evaluate_every": 5, "progress": "lines"}
+    fit(model, optimizer, batches, rates=[0.0] * 60, **settings)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "error" not in first
+    assert [line.split("/")[0] for line in others] == [f"epoch {e}" for e in range(10, 61, 10)]
+    assert all("train error" in line for line in others)
+
+
 def test_progress_can_be_silent(start, capsys, monkeypatch):
     model, optimizer, batches = start()
     monkeypatch.setenv("TQDM_DISABLE", "1")
