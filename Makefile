@@ -3,7 +3,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint format figure strip clean
+.PHONY: help env book lab test lint format figure strip clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 book: env ## execute the chapters and render them to _build/html/index.html
 	@$(VENV)/bin/python book/build.py
+
+lab: env ## open the chapters in JupyterLab, to change and rerun them
+	$(VENV)/bin/jupyter lab --notebook-dir book
 
 test: env ## run the unit tests, and every chapter at its smallest size
 	$(VENV)/bin/python -m pytest
