@@ -109,16 +109,17 @@ def plot_errors(
     return ax
 
 
-def plot_levels(levels: Sequence[float], errors: Mapping[str, Sequence[float]], ax: Axes) -> Axes:
-    """Errors (shares) against the share of random labels, one line for each name."""
+def plot_levels(levels: Sequence[float], errors: Mapping[str, np.ndarray], ax: Axes) -> Axes:
+    """Errors (levels, seeds), as shares, against the share of random labels.
+
+    For each name a line through the means over the seeds, and a band from lowest to highest.
+    """
+    x = [100 * level for level in levels]
     for name, values in errors.items():
-        ax.plot(
-            [100 * level for level in levels],
-            [100 * value for value in values],
-            marker="o",
-            label=name,
-            color=COLOURS.get(name),
-        )
+        percent = 100 * np.reshape(values, (len(levels), -1))  # (levels, seeds)
+        (line,) = ax.plot(x, percent.mean(1), marker="o", label=name, color=COLOURS.get(name))
+        band = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
+        ax.fill_between(x, percent.min(1), percent.max(1), **band)
     _percent_axis(ax)
     ax.set_xlabel("random labels (%)")
     return ax

@@ -74,6 +74,13 @@ def test_levels_are_drawn_in_percent(ax):
     assert chance(ax) == [90]
 
 
+def test_levels_show_the_mean_of_the_seeds_and_their_range(ax):
+    plot_levels([0, 1], {"test": np.array([[0.1, 0.3], [0.5, 0.9]])}, ax)
+    assert lines(ax)["test"] == [[0, pytest.approx(20)], [100, pytest.approx(70)]]
+    corners = {tuple(np.round(corner)) for corner in ax.collections[0].get_paths()[0].vertices}
+    assert corners == {(0, 10), (0, 30), (100, 50), (100, 90)}
+
+
 def test_class_errors_are_bars_side_by_side(ax):
     errors = {"train": (0.1, 0.2, 0.3), "test": (0.9, 0.8, 1.0)}
     assert plot_class_errors(errors, "abc", ax) is ax
