@@ -182,8 +182,8 @@ def _torchvision(kind: str, folder: Path, download: bool, **which):
             raise
         raise DataNotFound(
             f"{kind} is not in {folder.resolve()}, or its files do not match the published "
-            "MD5 sums; download it (--download), or set BNNLIB_DATA to the folder that holds "
-            "cifar-10-batches-py or SVHN's .mat files"
+            "MD5 sums; download it (--download, download=True), or set BNNLIB_DATA to the folder "
+            "that holds cifar-10-batches-py or SVHN's .mat files"
         ) from error
 
 

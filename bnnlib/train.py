@@ -8,7 +8,7 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, isfinite, isnan, nan
 from pathlib import Path
@@ -69,10 +69,12 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     generator: torch.Generator,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """One pass over the shuffled batches; returns mean loss and error, both in training mode.
 
-    Raises InvalidValue when the loss is no longer a finite number.
+    `after_batch` is called once for each batch. Raises InvalidValue when the loss is no
+    longer a finite number.
     """
     model.train()
     losses, wrong = [], []
@@ -84,6 +86,7 @@ def train_epoch(
         optimizer.step()  # moves the latent weights and clips them to [-1, 1]
         losses.append(loss.detach())
         wrong.append(mistakes(logits.detach(), labels))
+        after_batch()
     loss = torch.stack(losses).mean().item()
     if not isfinite(loss):
         raise InvalidValue(f"the training loss became {loss}; a smaller learning rate may help")
@@ -155,23 +158,27 @@ def fit(
     """Train for one epoch at each learning rate in `rates`; returns the `History`.
 
     `generator` (CPU) draws the order of the batches. Errors are computed every
-    `evaluate_every` epochs and after the last. `after_epoch` is given the history so far.
+    `evaluate_every` epochs and after the last. `progress` is "bar", "lines", "none" or
+    "auto", see `progress_style`. `after_epoch` is given the history so far.
     """
-    history = History()
-    for epoch, lr in _epochs(rates, history, progress, evaluate_every):
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, train_mode_error = train_epoch(model, optimizer, train, generator)
-        row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
-        row["train_mode_error"] = train_mode_error
-        due = epoch % evaluate_every == 0 or epoch == len(rates)
-        for name, batches in (("train", train), ("valid", valid), ("test", test)):
-            row |= _error_columns(name, model, batches if due else None, train.classes)
-        row["seconds"] = time.perf_counter() - start
-        history.rows.append(row)
-        if after_epoch:
-            after_epoch(history)
+    style, history = progress_style(progress), History()
+    steps = len(rates) * (len(train) // train.batch_size)
+    with tqdm(total=steps, unit="step", disable=style != "bar", mininterval=0.3) as bar:
+        for epoch, lr in enumerate(rates, start=1):
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, error = train_epoch(model, optimizer, train, generator, bar.update)
+            row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
+            row["train_mode_error"] = error
+            due = epoch % evaluate_every == 0 or epoch == len(rates)
+            for name, batches in (("train", train), ("valid", valid), ("test", test)):
+                row |= _error_columns(name, model, batches if due else None, train.classes)
+            row["seconds"] = time.perf_counter() - start
+            history.rows.append(row)
+            if after_epoch:
+                after_epoch(history)
+            _report(row, len(rates), evaluate_every, style, bar)
     return history
 
 
@@ -187,32 +194,26 @@ def _error_columns(name: str, model, batches: Batches | None, classes: int) -> d
 # -------------------------------------------------------------------------------- progress
 
 
-def _epochs(
-    rates: Sequence[float], history: History, progress: str, evaluate_every: int
-) -> Iterator[tuple[int, float]]:
-    """Number and rate of each epoch, showing the history's last row in between.
+def progress_style(progress: str = "auto") -> str:
+    """What "auto" is here: a bar for a person (terminal or notebook), lines for a log.
 
-    In lines: the first epoch, the last, and at most ten of the evaluated ones between.
+    The environment variable TQDM_DISABLE makes it "none". Other styles stay as they are.
     """
     check_name("progress", progress, ("auto", "bar", "lines", "none"))
-    style = _style_here() if progress == "auto" else progress
-    stride = ceil(len(rates) / 10 / evaluate_every) * evaluate_every
-    bar = tqdm(total=len(rates), unit="epoch", disable=style != "bar", mininterval=0.3)
-    with bar:
-        for epoch, lr in enumerate(rates, start=1):
-            yield epoch, lr
-            text = describe_row(history.rows[-1])
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-            if style == "lines" and (epoch in (1, len(rates)) or epoch % stride == 0):
-                print(f"epoch {epoch}/{len(rates)}  {text}", file=sys.stderr, flush=True)
-
-
-def _style_here() -> str:
-    """A bar for a person (terminal or notebook), lines for a log; TQDM_DISABLE silences both."""
+    if progress != "auto":
+        return progress
     if os.environ.get("TQDM_DISABLE"):
         return "none"
     return "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines"
+
+
+def _report(row: dict[str, float], epochs: int, evaluate_every: int, style: str, bar: tqdm) -> None:
+    """Show one epoch. In lines: the first, the last, and at most ten evaluated ones between."""
+    text = f"epoch {row['epoch']}/{epochs}  {describe_row(row)}"
+    bar.set_postfix_str(text, refresh=False)
+    stride = ceil(epochs / 10 / evaluate_every) * evaluate_every
+    if style == "lines" and (row["epoch"] in (1, epochs) or row["epoch"] % stride == 0):
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe_row(row: dict[str, float]) -> str:

@@ -257,6 +257,13 @@ def test_columns_by_name():
 # --------------------------------------------------------------------------------- progress
 
 
+def test_a_call_after_each_full_batch(start):
+    model, optimizer, batches = start()
+    calls = []
+    train_epoch(model, optimizer, batches, seeded(), lambda: calls.append(model.training))
+    assert calls == [True] * (len(batches) // batches.batch_size)
+
+
 def test_lines_name_the_first_the_last_and_some_epochs_between(start, capsys):
     model, optimizer, batches = start()
     fit(model, optimizer, batches, rates=[0.0] * 30, generator=seeded(), progress="lines")
