@@ -4,7 +4,6 @@ In: an `Experiment` of `catalogue.py`, whose names can be imported from here too
 Next file: `plots.py`.
 """
 
-import copy
 import json
 import platform
 import time
@@ -358,9 +357,11 @@ def evaluate_run(finished: Run, rows: int | None = 7000, root: str | Path | None
     data = replace(data, labels=finished.labels["train"])
     if data.label_hash() != finished.record["label_sha256"]["train"]:
         raise InvalidValue("the labels of this run are not those it was trained on")
-    model = copy.deepcopy(finished.model).cpu().eval()
+    model = build_model(finished.experiment)  # a copy: the run's own model stays as it is
+    model.load_state_dict(finished.model.state_dict())
+    binarize_parameters_(model).eval()
     x, labels = next(Batches(data.first(min(rows or len(data), len(data))), len(data)).in_order())
-    return error_rate(binarize_parameters_(model)(x), labels)
+    return error_rate(model(x), labels)
 
 
 def _run_evaluation(e: Experiment, folder: Path | None, root: str | Path | None) -> Run:
