@@ -78,29 +78,30 @@ class Experiment:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        _check_range("epochs", self.epochs, self.epochs >= 0, "at least 0")
-        _check_range("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        _check_range("evaluate_every", self.evaluate_every, self.evaluate_every >= 1, "at least 1")
-        _check_range("width", self.width, self.width > 0, "above 0")
-        _check_range("lr_start", self.lr_start, self.lr_start > 0, "above 0")
-        lowest = self.lr_final >= 0 if self.schedule == "linear" else self.lr_final > 0
-        _check_range("lr_final", self.lr_final, lowest, "above 0 (or 0 if linear)")
-        _check_range("random_labels", self.random_labels, 0 <= self.random_labels <= 1, "0 to 1")
-        _check_range(
-            "gaussian_variance", self.gaussian_variance, self.gaussian_variance >= 0, "at least 0"
+        for name in ("epochs", "l2", "gaussian_variance", "seed", "corruption_seed", "data_seed"):
+            self._check(name, lambda value: value >= 0, "at least 0")
+        for name in ("batch_size", "evaluate_every"):
+            self._check(name, lambda value: value >= 1, "at least 1")
+        for name in ("width", "lr_start"):
+            self._check(name, lambda value: value > 0, "above 0")
+        for name in ("n_train", "evaluation_rows"):
+            self._check(name, lambda value: value is None or value >= 1, "none or at least 1")
+        for name in ("n_valid", "n_test"):
+            self._check(name, lambda value: value is None or value >= 0, "none or at least 0")
+        self._check("random_labels", lambda value: 0 <= value <= 1, "0 to 1")
+        self._check("dropout", lambda value: len(value) <= 3, "at most three numbers")
+        self._check(
+            "dropout", lambda value: all(0 <= p < 1 for p in value), "at least 0 and below 1"
         )
-        _check_range("l2", self.l2, self.l2 >= 0, "at least 0")
-        for p in self.dropout:
-            _check_range("dropout", p, 0 <= p < 1, "at least 0 and below 1")
-        _check_range("dropout", self.dropout, len(self.dropout) <= 3, "at most three numbers")
-        for name in ("seed", "corruption_seed", "data_seed"):
-            seed = getattr(self, name)
-            _check_range(name, seed, seed >= 0, "at least 0")
-        rows = self.evaluation_rows
-        _check_range("evaluation_rows", rows, rows is None or rows >= 1, "none or at least 1")
-        for name in ("n_valid", "n_test", "n_train"):
-            n, least = getattr(self, name), int(name == "n_train")
-            _check_range(name, n, n is None or n >= least, f"none or at least {least}")
+        if self.schedule == "linear":
+            self._check("lr_final", lambda value: value >= 0, "at least 0")
+        else:
+            self._check("lr_final", lambda value: value > 0, "above 0, or the schedule linear")
+
+    def _check(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> None:
+        value = getattr(self, name)
+        if not is_good(value):
+            raise InvalidValue(f"{name} must be {allowed}, got {value}")
 
     @property
     def lr_decay(self) -> float | None:
@@ -126,11 +127,6 @@ class Experiment:
         if self.evaluation_statistics == "batch":
             return "evaluation with batch statistics is not built yet"
         return ""
-
-
-def _check_range(field: str, value: object, good: bool, allowed: str) -> None:
-    if not good:
-        raise InvalidValue(f"{field} must be {allowed}, got {value}")
 
 
 # ------------------------------------------------------------------ the nine of the original

@@ -182,7 +182,11 @@ def run(
 
 
 def _train(
-    e: Experiment, sets: dict[str, ImageSet], device: torch.device, progress: str, folder
+    e: Experiment,
+    sets: dict[str, ImageSet],
+    device: torch.device,
+    progress: str,
+    folder: Path | None,
 ) -> tuple[nn.Module, History]:
     model = build_model(e, device)
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
