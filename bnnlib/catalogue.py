@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bnnlib.data import DRAWN, SIZES
+from bnnlib.data import DATASETS, DRAWN, SIZES
 from bnnlib.errors import InvalidValue, check_name
 from bnnlib.layers import MODES
 from bnnlib.models import ACTIVATIONS, ARCHITECTURES
@@ -65,7 +65,7 @@ class Experiment:
 
     def __post_init__(self):
         if not self.dataset.endswith(".npz"):
-            check_name("dataset", self.dataset, [*SIZES, "a path ending in .npz"])
+            check_name("dataset", self.dataset, DATASETS)
         check_name("network", self.network, ARCHITECTURES)
         check_name("schedule", self.schedule, SCHEDULES)
         check_name("activation", self.activation, ACTIVATIONS)
@@ -245,7 +245,7 @@ def quick(experiment: Experiment) -> Experiment:
     """Under a minute on two cores: 500 drawn images, two wide convolutions, linear decay to 0.
 
     The rates must end near 0: while signs still flip, errors jump by points from one epoch to
-    the next. A narrow copy of the deep network hardly trains in this time.
+    the next. A narrow copy of the deep network is far from memorizing after this time.
     """
     return replace(
         experiment,

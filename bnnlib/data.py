@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnnlib.errors import DataNotFound, InvalidValue, check_name, unknown_name
+from bnnlib.errors import DataNotFound, InvalidValue, check_name
 from bnnlib.glyphs import GLYPH_CLASSES, glyphs
 from bnnlib.shapes import SHAPE_CLASSES, shapes
 
@@ -44,6 +44,7 @@ SIZES = {
     "glyphs": DRAWN_SIZES,
     "shapes": DRAWN_SIZES,
 }
+DATASETS = (*SIZES, "a path ending in .npz")  # as error messages name them
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,10 @@ class ImageSet:
             raise InvalidValue(f"{self.name} {self.split} has {len(self)} images, asked for {n}")
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
+    def at_most(self, n: int | None) -> "ImageSet":
+        """The first n images, or all of them for None and where there are fewer."""
+        return self if n is None or n >= len(self) else self.first(n)
+
     def label_hash(self) -> str:
         """SHA-256 of the labels as little-endian int64: equal exactly when the labels are."""
         return hashlib.sha256(self.labels.cpu().numpy().astype("<i8").tobytes()).hexdigest()
@@ -120,17 +125,15 @@ def load(
     if name.endswith(".npz"):
         path = Path(name)
         return load_npz(path if path.is_file() else folder / path, split).first(n)
-    if name not in SIZES:
-        raise unknown_name("data set", name, [*SIZES, "a path ending in .npz"])
+    check_name("data set", name, DATASETS)
     check_name(f"{name} split", split, SIZES[name])
     if name in DRAWN:
         return _draw(name, split, SIZES[name][split] if n is None else n, seed)
     read = {"cifar10": _cifar10, "svhn": _svhn}[name]
     images, labels = read(split, lambda kind, **kw: _torchvision(kind, folder, download, **kw))
     classes = {"cifar10": CIFAR10_CLASSES, "svhn": SVHN_CLASSES}[name]
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), name, split, classes).first(
-        n
-    )
+    data = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), name, split, classes)
+    return data.first(n)
 
 
 # ------------------------------------------------------------------------------ drawn sets
@@ -215,8 +218,9 @@ def _svhn(split: str, read: Reader) -> tuple[np.ndarray, np.ndarray]:
         if split == "train_all":
             parts = parts[::-1]  # pylearn2 puts the training file behind the extra one
         else:
-            counts = (400, 200)
-            parts = [_split_off(*p, c, rng)[split] for p, c in zip(parts, counts, strict=True)]
+            chosen = [_valid_rows(parts[0][1], 400, rng), _valid_rows(parts[1][1], 200, rng)]
+            rows = [mask if split == "valid" else ~mask for mask in chosen]
+            parts = [(x[r], y[r]) for (x, y), r in zip(parts, rows, strict=True)]
         images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.arange(len(labels))
     rng.shuffle(order)
@@ -228,17 +232,14 @@ def _svhn_file(file: str, read: Reader) -> tuple[np.ndarray, np.ndarray]:
     return data.data, (np.asarray(data.labels, dtype=np.int64) - 1) % 10  # digit 0 -> class 9
 
 
-def _split_off(images, labels, per_class: int, rng: np.random.RandomState) -> dict[str, tuple]:
-    """`per_class` random rows of each class as "valid", the others as "splitted_train"."""
-    valid = np.zeros(len(labels), dtype=bool)
+def _valid_rows(labels: np.ndarray, per_class: int, rng: np.random.RandomState) -> np.ndarray:
+    """A mask (N,) of `per_class` random rows of each class."""
+    chosen = np.zeros(len(labels), dtype=bool)
     for label in range(10):
         rows = np.flatnonzero(labels == label)
         rng.shuffle(rows)
-        valid[rows[:per_class]] = True
-    return {
-        "valid": (images[valid], labels[valid]),
-        "splitted_train": (images[~valid], labels[~valid]),
-    }
+        chosen[rows[:per_class]] = True
+    return chosen
 
 
 # -------------------------------------------------------------------------------- .npz files

@@ -39,7 +39,7 @@ from bnnlib.layers import binarize_parameters_, seed_layers
 from bnnlib.losses import error_rate
 from bnnlib.models import binarynet
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.train import History, fit, learning_rates
+from bnnlib.train import History, fit, learning_rates, whole_or_absent
 
 __all__ = [
     "EVERY_SPLIT",
@@ -54,6 +54,7 @@ __all__ = [
     "evaluate_run",
     "full",
     "is_finished",
+    "is_guessing",
     "load_run",
     "prepare_data",
     "published",
@@ -113,7 +114,7 @@ def prepare_data(
             continue
         drawn = n if e.dataset in DRAWN else None  # a real set is read whole, then cut
         data = load(e.dataset, split, root, download, drawn, e.data_seed)
-        data = data.first(min(n or len(data), len(data)))
+        data = data.at_most(n)
         if e.gaussian_variance and split in e.gaussian_splits:
             seed = stream(e.corruption_seed, f"Gaussian {split}")
             data = gaussian_inputs(data, e.gaussian_variance, seed=seed)
@@ -262,7 +263,8 @@ def _open_folder(folder: Path, experiment: Experiment, record: dict, labels: dic
     except OSError as error:
         raise InvalidValue(f"{folder} cannot be made: {error.strerror}") from error
     _write_json(folder / "experiment.json", {"experiment": asdict(experiment), **record})
-    np.savez_compressed(folder / "labels.npz", **{k: v.numpy() for k, v in labels.items()})
+    with whole_or_absent(folder / "labels.npz") as part, part.open("wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in labels.items()})
 
 
 def _close_folder(result: Run) -> None:
@@ -274,17 +276,15 @@ def _close_folder(result: Run) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    with whole_or_absent(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_model(model: nn.Module, path: Path) -> None:
     """All parameters and averages of `model`, by name, as a safetensors file."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part)
-    part.replace(path)
+    with whole_or_absent(path) as part:
+        save_file(tensors, part)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -342,6 +342,15 @@ def summary(finished: Run) -> dict[str, Any]:
     }
 
 
+def is_guessing(finished: Run) -> bool:
+    """Whether the last test error is within four standard deviations of a blind guess's.
+
+    A guess among ten classes is wrong nine times in ten, with the binomial's spread.
+    """
+    spread = (0.9 * 0.1 / finished.record["images"]["test"]) ** 0.5
+    return abs(finished.history.last("test_error") - 0.9) < 4 * spread
+
+
 # -------------------------------------------------------------- evaluating a saved memorizer
 
 
@@ -364,7 +373,8 @@ def evaluate_run(finished: Run, rows: int | None = 7000, root: str | Path | None
     model = build_model(finished.experiment)  # a copy: the run's own model stays as it is
     model.load_state_dict(finished.model.state_dict())
     binarize_parameters_(model).eval()
-    x, labels = next(Batches(data.first(min(rows or len(data), len(data))), len(data)).in_order())
+    first = data.at_most(rows)
+    x, labels = next(Batches(first, len(first)).in_order())
     return error_rate(model(x), labels)
 
 

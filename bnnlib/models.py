@@ -16,11 +16,11 @@ from bnnlib.errors import InvalidValue, check_name
 from bnnlib.layers import (
     BatchNorm,
     BinaryConv2d,
-    BinaryLayer,
     BinaryLinear,
     BinarySigmoid,
     BinaryTanh,
     Dropout,
+    binary_layers,
 )
 
 
@@ -40,7 +40,7 @@ ARCHITECTURES = {
     "cifar10": Architecture((128, 128, 256, 256, 512, 512), pool_every=2, dense=(1024, 1024)),
     # svhn_random_labels.py: half the channels (its comments say otherwise)
     "svhn": Architecture((64, 64, 128, 128, 256, 256), pool_every=2, dense=(1024, 1024)),
-    # ours: wide and shallow, because narrow deep binary networks hardly train in a minute
+    # ours: wide and shallow, because narrow deep ones memorize too little in a quick run
     "small": Architecture((32, 64), pool_every=1, dense=(512, 512)),
 }
 
@@ -152,7 +152,7 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """The `ParameterCount` of any model; a full-precision one has no binary weights."""
-    binary = sum(m.weight.numel() for m in model.modules() if isinstance(m, BinaryLayer))
+    binary = sum(layer.weight.numel() for layer in binary_layers(model))
     trained = sum(p.numel() for p in model.parameters())
     statistics = sum(b.numel() for b in model.buffers())
     return ParameterCount(binary, trained - binary, statistics)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from bnnlib.errors import InvalidValue
-from bnnlib.layers import BinaryLayer
+from bnnlib.layers import binary_layers
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
     """One group for each latent weight, with its `lr_scale` and the clip, and one for the rest."""
-    latent = [layer for layer in model.modules() if isinstance(layer, BinaryLayer)]
+    latent = binary_layers(model)
     groups = [{"params": [m.weight], "lr_scale": m.lr_scale, "clip": 1.0} for m in latent]
     taken = {id(m.weight) for m in latent}
     rest = [p for p in model.parameters() if id(p) not in taken]

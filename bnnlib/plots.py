@@ -109,6 +109,16 @@ def plot_errors(
     return ax
 
 
+def plot_histories(
+    histories: Sequence[History], ax: Axes, splits: Sequence[str] = ("train", "test")
+) -> Axes:
+    """`plot_errors` of several runs of one kind; the legend names each split once."""
+    for i, history in enumerate(histories):
+        # A label that begins with _ stays out of the legend.
+        plot_errors(history, ax, splits, label="_" * i)
+    return ax
+
+
 def plot_levels(levels: Sequence[float], errors: Mapping[str, np.ndarray], ax: Axes) -> Axes:
     """Errors (levels, seeds), as shares, against the share of random labels.
 

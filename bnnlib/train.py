@@ -8,7 +8,8 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, isfinite, isnan, nan
 from pathlib import Path
@@ -93,6 +94,14 @@ def train_epoch(
     return loss, torch.cat(wrong).cpu().double().mean().item()
 
 
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the `with` block has ended without an error."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    part.replace(path)
+
+
 @dataclass
 class History:
     """What happened in each epoch: one dict a row, the same keys in each.
@@ -118,14 +127,11 @@ class History:
         return self[column][-1]
 
     def save(self, path: str | Path) -> None:
-        """Write a CSV file with a header, beside and renamed, so that it is whole or absent."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        with part.open("w", newline="") as file:
+        """Write a CSV file with a header, whole or not at all."""
+        with whole_or_absent(Path(path)) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.rows[0]) if self.rows else [])
             writer.writeheader()
             writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "History":

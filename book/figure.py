@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from bnnlib.experiments import stored_runs
-from bnnlib.plots import plot_errors, use_book_style
+from bnnlib.plots import plot_histories, use_book_style
 
 PATH = Path(__file__).parent / "_static" / "memorization.png"
 
@@ -19,9 +19,7 @@ def draw() -> plt.Figure:
         "CIFAR-10": "cifar10-random-labels",
     }
     for ax, (dataset, name) in zip(axes, names.items(), strict=True):
-        for i, run in enumerate(stored_runs(name)):
-            # A label that begins with _ stays out of the legend.
-            plot_errors(run.history, ax, label="_" * i)
+        plot_histories([run.history for run in stored_runs(name)], ax)
         ax.legend(loc="center right")
         ax.set(xlabel=f"epoch, {dataset}", ylabel="")
     axes[0].set_ylabel("error (%)")

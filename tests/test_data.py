@@ -58,6 +58,12 @@ def test_first_of_too_many_or_none_is_refused(n):
         ImageSet(PIXELS, LABELS, "mine", "train", ABC).first(n)
 
 
+@pytest.mark.parametrize(("n", "count"), [(2, 2), (4, 4), (5, 4), (None, 4)])
+def test_at_most_takes_what_there_is(n, count):
+    data = ImageSet(PIXELS, LABELS, "mine", "train", ABC)
+    assert data.at_most(n).labels.tolist() == LABELS.tolist()[:count]
+
+
 def test_label_hash_is_that_of_little_endian_64_bit_integers():
     expected = hashlib.sha256(struct.pack("<4q", 0, 1, 2, 1)).hexdigest()
     assert ImageSet(PIXELS, LABELS, "mine", "train", ABC).label_hash() == expected

@@ -19,6 +19,7 @@ from bnnlib.experiments import (
     build_model,
     evaluate_run,
     is_finished,
+    is_guessing,
     load_run,
     prepare_data,
     published,
@@ -29,6 +30,7 @@ from bnnlib.experiments import (
     stream,
 )
 from bnnlib.layers import binary_layers
+from bnnlib.train import History
 
 NOT_YET = ["svhn-stochastic", "cifar10-stochastic"]
 BASE = smoke(published("svhn-random-labels"))
@@ -437,6 +439,14 @@ def test_the_evaluation_takes_no_run_of_another_experiment(tmp_path):
 
 
 # ----------------------------------------------------------------------------- stored results
+
+
+@pytest.mark.parametrize(("error", "guessing"), [(0.9, True), (0.79, True), (0.77, False)])
+def test_a_guess_is_wrong_nine_times_in_ten_within_four_standard_deviations(
+    finished, error, guessing
+):
+    history = History([{"test_error": error}])  # 100 images: one standard deviation is 3 points
+    assert is_guessing(replace(finished, history=history)) is guessing
 
 
 def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder, tmp_path):

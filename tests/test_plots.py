@@ -13,6 +13,7 @@ from bnnlib.errors import InvalidValue
 from bnnlib.plots import (
     plot_class_errors,
     plot_errors,
+    plot_histories,
     plot_levels,
     plot_quantizer,
     plot_weights,
@@ -72,6 +73,13 @@ def test_levels_are_drawn_in_percent(ax):
     assert lines(ax)["test"] == [[0, 10], [50, 50], [100, 90]]
     assert lines(ax)["train"] == [[0, 0], [50, 0], [100, 1]]
     assert chance(ax) == [90]
+
+
+def test_several_histories_are_named_once(ax):
+    assert plot_histories([HISTORY, HISTORY], ax) is ax
+    drawn = [line for line in ax.lines if line.get_gid() != "chance"]
+    assert len(drawn) == 4
+    assert ax.get_legend_handles_labels()[1] == ["train", "test"]
 
 
 def test_levels_show_the_mean_of_the_seeds_and_their_range(ax):

@@ -11,7 +11,15 @@ from bnnlib.errors import InvalidValue
 from bnnlib.losses import error_rate
 from bnnlib.models import Architecture, binarynet
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.train import History, describe_row, evaluate, fit, learning_rates, train_epoch
+from bnnlib.train import (
+    History,
+    describe_row,
+    evaluate,
+    fit,
+    learning_rates,
+    train_epoch,
+    whole_or_absent,
+)
 
 
 def seeded(seed=0):
@@ -232,6 +240,24 @@ def test_history_is_read_as_it_was_written(start, tmp_path):
         assert list(row.values()) == pytest.approx(list(saved.values()), rel=1e-8, nan_ok=True)
         assert isinstance(row["epoch"], int)
     assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "kept"
+    path.write_text("old")
+
+    def write_half():
+        with whole_or_absent(path) as part:
+            part.write_text("half")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_half()
+    assert path.read_text() == "old"
+    with whole_or_absent(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new"
+    assert not part.exists()
 
 
 def test_what_was_loaded_is_saved_without_a_change(start, tmp_path):
