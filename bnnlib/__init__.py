@@ -1,7 +1,8 @@
 """Binarized neural networks that memorize, in the order a batch meets the modules:
 
-errors, drawing, glyphs, shapes, data, corruption, batches, quantizers, layers, models, losses,
-optim, train, catalogue, experiments, plots, chapters, __main__.
+errors, drawing, glyphs, shapes, patterns, data, corruption, batches, quantizers, layers, models,
+losses, optim, train, probes, catalogue, variants, assembly, runs, experiments, capacity, claims,
+plots, chapters, __main__.
 
 Import from the module that holds the name: `from bnnlib.layers import BinaryLinear`.
 """

@@ -9,14 +9,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
+from bnnlib.capacity import measure_grid, points
 from bnnlib.errors import BnnlibError, InvalidValue, check_name
 from bnnlib.experiments import (
     PROFILES,
     PUBLISHED,
+    VARIANTS,
     Experiment,
     at_profile,
     is_finished,
-    published,
+    named,
     run,
 )
 from bnnlib.train import describe_row
@@ -69,7 +71,7 @@ def with_settings(experiment: Experiment, settings: tuple[str, ...]) -> Experime
 def as_dict(experiment: Experiment) -> dict[str, Any]:
     """All fields, and the numbers that follow from them."""
     derived = {"lr_decay": experiment.lr_decay, "steps": experiment.steps}
-    return asdict(experiment) | derived | {"missing": experiment.missing}
+    return asdict(experiment) | derived
 
 
 class Group(click.Group):
@@ -93,15 +95,17 @@ def main() -> None:
 
 
 @main.command("list")
+@click.option("--variants", is_flag=True, help="What the original lacks instead.")
 @click.option("--json", "as_json", is_flag=True, help="Every field, for programs.")
-def list_experiments(as_json: bool) -> None:
-    """The experiments of the original, one a line."""
+def list_experiments(variants: bool, as_json: bool) -> None:
+    """The experiments of the original, or our variants and controls, one a line."""
+    listed = VARIANTS if variants else PUBLISHED
     if as_json:
-        click.echo(json.dumps([as_dict(e) for e in PUBLISHED.values()], indent=1))
+        click.echo(json.dumps([as_dict(e) for e in listed.values()], indent=1))
         return
-    for e in PUBLISHED.values():
-        note = " (cannot run yet)" if e.missing else ""
-        click.echo(f"{e.name:<25}{e.summary}{note}")
+    width = max(map(len, listed)) + 2
+    for e in listed.values():
+        click.echo(f"{e.name:<{width}}{e.summary}")
 
 
 @main.command()
@@ -109,7 +113,7 @@ def list_experiments(as_json: bool) -> None:
 @click.option("--profile", default="full", show_default=True, help=", ".join(PROFILES))
 def describe(name: str, profile: str) -> None:
     """Every setting of one experiment."""
-    for field, value in as_dict(at_profile(published(name), profile)).items():
+    for field, value in as_dict(at_profile(named(name), profile)).items():
         click.echo(f"{field:<23}{value}")
 
 
@@ -123,12 +127,38 @@ def describe(name: str, profile: str) -> None:
 @click.option("--download", is_flag=True, help="Fetch a real data set that is not there.")
 def run_experiment(name, profile, out, settings, device, data, download) -> None:
     """Run one experiment and keep it in a folder."""
-    experiment = with_settings(at_profile(published(name), profile), settings)
-    out = out or Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
+    experiment = with_settings(at_profile(named(name), profile), settings)
+    out = out or default_folder(experiment, profile)
+    if experiment.evaluates and not experiment.run_folder:
+        experiment = _with_run_to_evaluate(experiment, profile, device, data, download)
     note = " was finished before and is not run again" if is_finished(out) else ""
     result = run(experiment, out, device=device, root=data, download=download)
     last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
     click.echo(f"{last}\n{out}{note}")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/capacity"))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+def capacity(out, device) -> None:
+    """Count the bits that small networks memorize; a grid that was stopped goes on."""
+    rows = measure_grid(points(), out, device)
+    click.echo(f"{len(rows)} runs\n{out / 'grid.csv'}")
+
+
+def default_folder(experiment: Experiment, profile: str) -> Path:
+    """Where a run is kept if nobody says otherwise."""
+    return Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
+
+
+def _with_run_to_evaluate(e: Experiment, profile, device, data, download) -> Experiment:
+    """`e` with the folder of the run it evaluates, which is trained first if it is not there."""
+    seeds = {"seed": e.seed, "corruption_seed": e.corruption_seed, "data_seed": e.data_seed}
+    source = replace(at_profile(named(e.evaluates), profile), dataset=e.dataset, **seeds)
+    folder = default_folder(source, profile)
+    click.echo(f"{e.name} evaluates {folder}", err=True)
+    run(source, folder, device=device, root=data, download=download)
+    return replace(e, run_folder=str(folder))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""An experiment as data: the nine of the original, and three lengths for each.
+"""An experiment as data: the nine of the original, and four lengths for each.
 
-In: a name, a profile, settings. Out: an `Experiment`. Next file: `experiments.py`.
+In: a name, a profile, settings. Out: an `Experiment`. Next file: `variants.py`.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bnnlib.data import DATASETS, DRAWN, SIZES
 from bnnlib.errors import InvalidValue, check_name
-from bnnlib.layers import MODES
-from bnnlib.models import ACTIVATIONS, ARCHITECTURES
+from bnnlib.layers import MODES, STATISTICS
+from bnnlib.models import ACTIVATIONS, ARCHITECTURES, DROPOUT_POSITIONS, PENALTY_TARGETS
+from bnnlib.probes import PROBES
 from bnnlib.train import SCHEDULES
 
 EVERY_SPLIT = ("train", "valid", "test")
+PIXEL_ORDERS = ("kept", "shuffled", "random")
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,24 @@ class Experiment:
     weights: str = "deterministic"  # in training: sign(W), or "stochastic" samples
     evaluation_weights: str = "deterministic"  # or "stochastic", or "real": W itself
     evaluation_statistics: str = "running"  # or "batch": those of the evaluated batch
-    dropout: tuple[float, ...] = ()  # drop probability after each dense layer, before its norm
-    l2: float = 0.0  # coefficient of the penalty
-    l2_target: str = "nothing"  # what the penalty reaches; the original's reached nothing
+    evaluation_samples: int = 1  # stochastic passes whose scores are averaged
+    dropout: tuple[float, ...] = ()  # drop probability after each dense layer
+    dropout_position: str = "before_norm"  # or "after_activation"
+    l2: float = 0.0  # coefficient of the penalty on the dense layers
+    l2_target: str = "nothing"  # what it reaches: as in the original, or "weights" or "gamma"
 
     random_labels: float = 0.0  # share of the labels drawn anew
     random_label_splits: tuple[str, ...] = EVERY_SPLIT
     gaussian_variance: float = 0.0  # of inputs that replace the images; 0 keeps the images
     gaussian_splits: tuple[str, ...] = ("train",)
+    gaussian_matched: bool = False  # True: mean and variance are the images' own
+    pixels: str = "kept"  # or "shuffled", all images alike, or "random", each its own order
 
     n_train: int | None = None  # images at most, the first ones; None: the whole split
     n_valid: int | None = None  # 0: no validation
     n_test: int | None = None  # 0: no test
     evaluate_every: int = 1  # epochs
+    probes: tuple[str, ...] = ()  # more columns for the history, see `probes.PROBES`
 
     seed: int = 0  # initial weights, order of batches, dropout, stochastic weights
     corruption_seed: int = 0  # random labels, Gaussian inputs
@@ -71,16 +80,21 @@ class Experiment:
         check_name("activation", self.activation, ACTIVATIONS)
         check_name("weights", self.weights, MODES)
         check_name("evaluation_weights", self.evaluation_weights, MODES)
-        check_name("evaluation_statistics", self.evaluation_statistics, ("running", "batch"))
-        check_name("l2_target", self.l2_target, ("nothing",))
+        check_name("evaluation_statistics", self.evaluation_statistics, STATISTICS)
+        check_name("dropout_position", self.dropout_position, DROPOUT_POSITIONS)
+        check_name("l2_target", self.l2_target, PENALTY_TARGETS)
+        check_name("pixels", self.pixels, PIXEL_ORDERS)
+        for probe in self.probes:
+            check_name("probe", probe, PROBES)
         for split in (*self.random_label_splits, *self.gaussian_splits):
             check_name("split", split, EVERY_SPLIT)
         self._check_numbers()
+        self._check_together()
 
     def _check_numbers(self) -> None:
         for name in ("epochs", "l2", "gaussian_variance", "seed", "corruption_seed", "data_seed"):
             self._check(name, lambda value: value >= 0, "at least 0")
-        for name in ("batch_size", "evaluate_every"):
+        for name in ("batch_size", "evaluate_every", "evaluation_samples"):
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("width", "lr_start"):
             self._check(name, lambda value: value > 0, "above 0")
@@ -97,6 +111,20 @@ class Experiment:
             self._check("lr_final", lambda value: value >= 0, "at least 0")
         else:
             self._check("lr_final", lambda value: value > 0, "above 0, or the schedule linear")
+
+    def _check_together(self) -> None:
+        """What no field is to blame for alone."""
+        if not self.binary and {self.weights, self.evaluation_weights} != {"deterministic"}:
+            raise InvalidValue("binary=False has real weights; leave the weight modes as they are")
+        if self.dropout_position == "after_activation" and len(self.dropout) > 2:
+            raise InvalidValue(
+                f"dropout after_activation has two places, got dropout={self.dropout}"
+            )
+        if self.evaluation_samples > 1 and self.evaluation_weights != "stochastic":
+            raise InvalidValue(
+                f"evaluation_samples={self.evaluation_samples} needs "
+                f"evaluation_weights='stochastic', got {self.evaluation_weights!r}"
+            )
 
     def _check(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> None:
         value = getattr(self, name)
@@ -119,14 +147,18 @@ class Experiment:
             n = min(n, whole)
         return n and n // self.batch_size * self.epochs
 
-    @property
-    def missing(self) -> str:
-        """What this version lacks to run the experiment; "" if nothing."""
-        if (self.weights, self.evaluation_weights) != ("deterministic", "deterministic"):
-            return "training and testing with other weights than sign(W) is not built yet"
-        if self.evaluation_statistics == "batch":
-            return "evaluation with batch statistics is not built yet"
-        return ""
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide a run: all but the texts for readers."""
+        return {k: v for k, v in vars(self).items() if k not in ("summary", "script")}
+
+    def digest(self) -> str:
+        """SHA-256 of the fields that decide a run and differ from their defaults.
+
+        So a field that is added later, with a default, leaves the digests of old runs alone.
+        """
+        defaults = {f.name: f.default for f in fields(self)}
+        differing = {k: v for k, v in self.decisive().items() if v != defaults[k]}
+        return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------ the nine of the original
@@ -226,14 +258,15 @@ PUBLISHED: Mapping[str, Experiment] = {e.name: e for e in _CATALOGUE}
 
 
 def published(name: str) -> Experiment:
-    """The experiment of that name; raises InvalidValue that names the nearest one."""
+    """The one of the nine with that name; raises InvalidValue that names the nearest one."""
     check_name("experiment", name, PUBLISHED)
     return PUBLISHED[name]
 
 
-# --------------------------------------------------------------------------- three lengths
+# ---------------------------------------------------------------------------- four lengths
 
 LOOK_ALIKE = {"svhn": "glyphs", "cifar10": "shapes"}
+SVHN_SUBSET = "svhn_exact_subset.npz"  # 1,083 real digits, see `results/README.md`
 
 
 def full(experiment: Experiment) -> Experiment:
@@ -250,7 +283,7 @@ def quick(experiment: Experiment) -> Experiment:
     return replace(
         experiment,
         dataset=LOOK_ALIKE.get(experiment.dataset, experiment.dataset),
-        network="small",
+        network="dense" if experiment.network == "dense" else "small",
         epochs=60 if experiment.epochs else 0,
         schedule="linear",
         lr_final=0.0,
@@ -269,20 +302,65 @@ def smoke(experiment: Experiment) -> Experiment:
     )
 
 
+def reduced(experiment: Experiment) -> Experiment:
+    """Minutes on one core: some real images, and the original's network at reduced width.
+
+    The lengths are the shortest tried at which random labels were memorized. The history
+    gets the probes that say something about the experiment.
+    """
+    e, on_svhn = experiment, experiment.dataset == "svhn"
+    if e.dataset in DRAWN:
+        return e
+    epochs = 100 if on_svhn else 60
+    return replace(
+        e,
+        dataset=SVHN_SUBSET if on_svhn else e.dataset,
+        width=0.5 if on_svhn else 0.25,
+        epochs=epochs if e.epochs else 0,
+        schedule="linear",
+        lr_final=0.0,
+        n_train=None if on_svhn else 2000,
+        n_valid=0,
+        n_test=None if on_svhn else 2000,
+        evaluate_every=5,
+        probes=_telling_probes(e),
+    )
+
+
+def _telling_probes(e: Experiment) -> tuple[str, ...]:
+    names = {
+        "flips": e.binary,
+        "saturation": e.binary,
+        "parts": 0 < e.random_labels < 1,
+        "modes": e.weights == "stochastic",
+        "critical": e.binary and e.weights == "deterministic" and e.dataset == "cifar10",
+    }
+    return tuple(name for name, tells in names.items() if tells)
+
+
 PROFILES: Mapping[str, Callable[[Experiment], Experiment]] = {
     "smoke": smoke,
     "quick": quick,
+    "reduced": reduced,
     "full": full,
 }
 
 
 def at_profile(experiment: Experiment, profile: str) -> Experiment:
-    """`smoke`, `quick` or `full` applied by name; raises InvalidValue for another."""
+    """`smoke`, `quick`, `reduced` or `full` applied by name; raises InvalidValue for another."""
     check_name("profile", profile, PROFILES)
     return PROFILES[profile](experiment)
 
 
-def by_profile(profile: str, **choices: Any) -> Any:
-    """The choice for this profile: `by_profile("quick", smoke=100, quick=2000, full=None)`."""
-    check_name("profile", profile, choices)
-    return choices[profile]
+def by_profile(profile: str, smoke: Any, **longer: Any) -> Any:
+    """The choice for this profile, or for the next shorter one that has a choice.
+
+    `by_profile("full", smoke=100, quick=2000)` is 2000.
+    """
+    check_name("profile", profile, PROFILES)
+    choices = {"smoke": smoke, **longer}
+    for name in choices:
+        check_name("profile", name, PROFILES)
+    names = list(PROFILES)
+    shorter = names[: names.index(profile) + 1]
+    return next(choices[name] for name in reversed(shorter) if name in choices)

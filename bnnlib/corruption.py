@@ -31,7 +31,8 @@ def random_labels(data: ImageSet, fraction: float = 1.0, *, seed: int) -> ImageS
     new = torch.from_numpy(rng.integers(len(data.class_names), size=len(data)))
     labels = data.labels.clone()
     labels[chosen] = new[chosen]
-    corrupted = replace(data, labels=labels)
+    true = data.labels if data.true_labels is None else data.true_labels
+    corrupted = replace(data, labels=labels, true_labels=true)
     note = f"random labels: fraction {fraction}, seed {seed}, sha256 {corrupted.label_hash()}"
     return _noted(corrupted, note)
 

@@ -1,4 +1,4 @@
-"""Image sets: SVHN, CIFAR-10, your own `.npz`, and two drawn on the spot.
+"""Image sets: SVHN, CIFAR-10, your own `.npz`, and three drawn on the spot.
 
 In: a name and a split. Out: an `ImageSet`. Next file: `corruption.py`.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bnnlib.errors import DataNotFound, InvalidValue, check_name
 from bnnlib.glyphs import GLYPH_CLASSES, glyphs
+from bnnlib.patterns import PATTERN_CLASSES, patterns
 from bnnlib.shapes import SHAPE_CLASSES, shapes
 
 CIFAR10_CLASSES = (
@@ -28,7 +29,11 @@ CIFAR10_CLASSES = (
 # Class index = .mat label - 1, as in pylearn2, so digit 0 is the last class. (torchvision: first.)
 SVHN_CLASSES = tuple("1234567890")
 
-DRAWN = {"glyphs": (glyphs, GLYPH_CLASSES), "shapes": (shapes, SHAPE_CLASSES)}
+DRAWN = {
+    "glyphs": (glyphs, GLYPH_CLASSES),
+    "shapes": (shapes, SHAPE_CLASSES),
+    "patterns": (patterns, PATTERN_CLASSES),
+}
 # Images in each split. The real ones: `pylearn2/datasets/cifar10.py` and `svhn.py:135-136`.
 DRAWN_SIZES = {"train": 10_000, "valid": 2_000, "test": 2_000}
 SIZES = {
@@ -43,6 +48,7 @@ SIZES = {
     },
     "glyphs": DRAWN_SIZES,
     "shapes": DRAWN_SIZES,
+    "patterns": DRAWN_SIZES,
 }
 DATASETS = (*SIZES, "a path ending in .npz")  # as error messages name them
 
@@ -60,6 +66,7 @@ class ImageSet:
     split: str
     class_names: tuple[str, ...]
     provenance: tuple[str, ...] = ()  # one line for each corruption applied
+    true_labels: Tensor | None = None  # (N,) int64, where `labels` were drawn anew
 
     def __post_init__(self):
         shape, kind = tuple(self.images.shape), self.images.dtype
@@ -88,15 +95,28 @@ class ImageSet:
             return self
         if not 0 < n <= len(self):
             raise InvalidValue(f"{self.name} {self.split} has {len(self)} images, asked for {n}")
-        return replace(self, images=self.images[:n], labels=self.labels[:n])
+        true = None if self.true_labels is None else self.true_labels[:n]
+        return replace(self, images=self.images[:n], labels=self.labels[:n], true_labels=true)
 
     def at_most(self, n: int | None) -> "ImageSet":
         """The first n images, or all of them for None and where there are fewer."""
         return self if n is None or n >= len(self) else self.first(n)
 
+    @property
+    def corrupted(self) -> Tensor:
+        """(N,) bool: where the label is not the true one."""
+        return self.labels != (self.labels if self.true_labels is None else self.true_labels)
+
     def label_hash(self) -> str:
         """SHA-256 of the labels as little-endian int64: equal exactly when the labels are."""
         return hashlib.sha256(self.labels.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+    def image_hash(self) -> str:
+        """SHA-256 of the images, in order: equal exactly when type, shape and pixels are."""
+        pixels = self.images.cpu().contiguous().numpy()
+        digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
+        digest.update(pixels)
+        return digest.hexdigest()
 
 
 def load(
@@ -110,8 +130,8 @@ def load(
     """The first `n` images (default: all) of one split of a data set.
 
     - `name`: "svhn" or "cifar10" (real, through torchvision, checked against the published
-      MD5 sums); "glyphs" or "shapes" (drawn on the spot, no file needed); or the path of a
-      `.npz` file, looked for here and in `root`, see `load_npz`.
+      MD5 sums); "glyphs", "shapes" or "patterns" (drawn on the spot, no file needed); or the
+      path of a `.npz` file, looked for here and in `root`, see `load_npz`.
     - `split`: see `SIZES`. CIFAR-10 "valid" is rows 45,000 to 49,999 of the training set;
       SVHN's splits are those of pylearn2.
     - `root`: folder of the files; default: the environment variable BNNLIB_DATA, or `data`.

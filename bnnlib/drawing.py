@@ -1,6 +1,6 @@
-"""What the two drawn image sets share: random numbers, patterns, colours, blur and noise.
+"""What the drawn image sets share: random numbers, patterns, colours, blur and noise.
 
-In: raw 64-bit words, one row per image. Out: uint8 images (n, 3, 32, 32), the same bytes on every
+In: raw 64-bit words, one row per image. Out: uint8 images (n, 3, H, W), the same bytes on every
 machine. To that end random numbers are made from the bit generator's own words, whose sequence
 NumPy keeps stable, and arithmetic is limited to + - * / sqrt, comparison and rounding, which
 IEEE 754 fixes to the last bit: no sin, exp, sum or matrix product. Next file: `glyphs.py`.
@@ -52,6 +52,11 @@ class Draws:
         """True with this probability, (B,) bool."""
         return self._unit(1)[:, 0] < probability
 
+    def bits(self, count: int) -> np.ndarray:
+        """Coin tosses, (B, count) uint8 of 0 and 1; `count` is a multiple of 64."""
+        octets = self._take(count // 64).astype("<u8").view(np.uint8)  # 8 bytes of each word
+        return np.unpackbits(octets, axis=1)
+
     def noise(self) -> np.ndarray:
         """Nearly Gaussian noise of mean 0 and variance 1, (B, 3, 32, 32) float32."""
         octets = self._take(NOISE_WORDS).astype("<u8").view(np.uint8)  # 8 bytes of each word
@@ -69,8 +74,9 @@ def draw_set(
     *,
     set_number: int,
     words: int,
+    side: int = SIDE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 that `draw` makes chunk by chunk.
+    """Images (n, 3, side, side) uint8 and labels (n,) int64 that `draw` makes chunk by chunk.
 
     Each image gets `words` random words; its content does not depend on n. Every (set_number,
     split, seed) has its own stream. Raises InvalidValue for an unknown split, a bad n or seed.
@@ -81,7 +87,7 @@ def draw_set(
     _check_whole("seed", seed)
     stream = np.random.SeedSequence((set_number, SPLITS.index(split), int(seed)))
     bits = np.random.PCG64(stream)
-    images, labels = np.empty((n, 3, SIDE, SIDE), np.uint8), np.empty(n, np.int64)
+    images, labels = np.empty((n, 3, side, side), np.uint8), np.empty(n, np.int64)
     for start in range(0, n, CHUNK):
         rows = min(CHUNK, n - start)
         draws = Draws(bits.random_raw(rows * words).reshape(rows, words))

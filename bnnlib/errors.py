@@ -19,10 +19,6 @@ class DataNotFound(BnnlibError, FileNotFoundError):
     """A data set is not on disk; the message says where it was looked for."""
 
 
-class NotRunnable(BnnlibError, NotImplementedError):
-    """An experiment that is declared, but whose last part is not built yet."""
-
-
 def nearest(value: object, allowed: Iterable[str]) -> str:
     """The words `did you mean 'x'? ` for the closest allowed name, or '' if none is close."""
     names = {name.lower(): name for name in allowed}

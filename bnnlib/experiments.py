@@ -1,24 +1,18 @@
-"""One function that runs any experiment, and what it leaves: a `Run`, in a folder on request.
+"""One function that runs any experiment, and one that evaluates what it left.
 
-In: an `Experiment` of `catalogue.py`, whose names can be imported from here too. Out: a `Run`.
-Next file: `plots.py`.
+In: an `Experiment`. Out: a `Run`. The names of `catalogue.py`, `variants.py`, `assembly.py` and
+`runs.py` that a reader of the book needs can be imported from here too.
+Next file: `capacity.py`.
 """
 
-import json
-import platform
 import time
-import zlib
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-import bnnlib
+from bnnlib.assembly import build_model, check_size, prepare_data, resolve_device, stream
 from bnnlib.batches import Batches, check_fills_batch
 from bnnlib.catalogue import (
     EVERY_SPLIT,
@@ -30,22 +24,42 @@ from bnnlib.catalogue import (
     full,
     published,
     quick,
+    reduced,
     smoke,
 )
-from bnnlib.corruption import gaussian_inputs, random_labels
-from bnnlib.data import DRAWN, ImageSet, load
-from bnnlib.errors import DataNotFound, InvalidValue, NotRunnable, check_name
-from bnnlib.layers import binarize_parameters_, seed_layers
-from bnnlib.losses import error_rate
-from bnnlib.models import binarynet
+from bnnlib.data import ImageSet
+from bnnlib.errors import InvalidValue
+from bnnlib.layers import binarize_parameters_
+from bnnlib.losses import error_rate, l2_penalty
+from bnnlib.models import penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.train import History, fit, learning_rates, whole_or_absent
+from bnnlib.probes import Recorder, mode_errors
+from bnnlib.runs import (
+    RESULTS,
+    Run,
+    close_folder,
+    describe,
+    environment,
+    is_finished,
+    is_guessing,
+    load_run,
+    open_folder,
+    parameter_hash,
+    profile_of,
+    save_model,
+    stored_runs,
+    summary,
+)
+from bnnlib.train import EvaluationMode, History, fit, learning_rates
+from bnnlib.variants import CAPACITY, VARIANTS, named
 
 __all__ = [
+    "CAPACITY",
     "EVERY_SPLIT",
     "PROFILES",
     "PUBLISHED",
     "RESULTS",
+    "VARIANTS",
     "Experiment",
     "Run",
     "at_profile",
@@ -56,89 +70,19 @@ __all__ = [
     "is_finished",
     "is_guessing",
     "load_run",
+    "named",
     "prepare_data",
+    "profile_of",
     "published",
     "quick",
+    "reduced",
     "resolve_device",
     "run",
     "smoke",
     "stored_runs",
+    "stream",
     "summary",
 ]
-
-RESULTS = Path(__file__).parents[1] / "results"  # histories of long runs, in the repository
-
-
-@dataclass
-class Run:
-    """A finished run: what was asked, what happened, and what was left.
-
-    A run read from a folder that keeps only experiment and history, as those under
-    `results/` do, has no model and no labels.
-    """
-
-    experiment: Experiment
-    history: History
-    record: dict[str, Any]  # versions, device, seconds, label hashes, corruptions
-    model: nn.Module | None = None
-    labels: dict[str, torch.Tensor] | None = None  # (N,) int64 for each split
-    folder: Path | None = None
-
-
-def stream(seed: int, purpose: str) -> int:
-    """A seed for one purpose, so that no two random acts of a run share their numbers."""
-    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode())])
-    return int(entropy.generate_state(1, np.uint64)[0] >> 1)
-
-
-def resolve_device(name: str = "auto") -> torch.device:
-    """A CUDA device where there is one, else the CPU, for "auto"; other names are PyTorch's."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidValue(f"device {name!r} cannot be used here: {reason}") from error
-    return device
-
-
-def prepare_data(
-    experiment: Experiment, root: str | Path | None = None, download: bool = False
-) -> dict[str, ImageSet]:
-    """The splits of an experiment, corrupted as it says: "train" and, unless 0, the others."""
-    e, sets = experiment, {}
-    for split, n in (("train", e.n_train), ("valid", e.n_valid), ("test", e.n_test)):
-        if n == 0:
-            continue
-        drawn = n if e.dataset in DRAWN else None  # a real set is read whole, then cut
-        data = load(e.dataset, split, root, download, drawn, e.data_seed)
-        data = data.at_most(n)
-        if e.gaussian_variance and split in e.gaussian_splits:
-            seed = stream(e.corruption_seed, f"Gaussian {split}")
-            data = gaussian_inputs(data, e.gaussian_variance, seed=seed)
-        if e.random_labels and split in e.random_label_splits:
-            seed = stream(e.corruption_seed, f"labels {split}")
-            data = random_labels(data, e.random_labels, seed=seed)
-        sets[split] = data
-    return sets
-
-
-def build_model(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
-    """The experiment's network with its initial weights, which are the same on every device."""
-    e = experiment
-    model = binarynet(
-        e.network,
-        generator=torch.Generator().manual_seed(stream(e.seed, "initial weights")),
-        width=e.width,
-        binary=e.binary,
-        activation=e.activation,
-        weights=e.weights,
-        dropout=e.dropout,
-    )
-    model = model.to(device, memory_format=torch.channels_last)
-    return seed_layers(model, stream(e.seed, "random layers"))
 
 
 def run(
@@ -157,11 +101,8 @@ def run(
     that holds a finished run of the same experiment is read instead; nothing is ever
     overwritten. `root` and `download` are those of `data.load`.
 
-    Raises InvalidValue for a folder that is in use, DataNotFound for missing data,
-    NotRunnable for an experiment that this version cannot run.
+    Raises InvalidValue for a folder that is in use and DataNotFound for missing data.
     """
-    if experiment.missing:
-        raise NotRunnable(f"{experiment.name} cannot run yet: {experiment.missing}")
     where = resolve_device(device)
     folder = None if out is None else Path(out)
     if folder and is_finished(folder):
@@ -170,15 +111,17 @@ def run(
         return _run_evaluation(experiment, folder, root)
     sets = prepare_data(experiment, root, download)
     check_fills_batch(len(sets["train"]), experiment.batch_size)
-    record = _record(sets, where)
+    check_size(experiment.network, sets["train"])
+    record = describe(experiment, sets, where)
     labels = {split: data.labels for split, data in sets.items()}
     if folder:
-        _open_folder(folder, experiment, record, labels)
+        open_folder(folder, experiment, record, labels)
     model, history = _train(experiment, sets, where, progress, folder)
     result = Run(experiment, history, record, model, labels, folder)
+    record["parameter_sha256"] = parameter_hash(model)
     if folder:
         save_model(model, folder / "parameters.safetensors")
-        _close_folder(result)
+        close_folder(result)
     return result
 
 
@@ -191,6 +134,7 @@ def _train(
 ) -> tuple[nn.Module, History]:
     model = build_model(e, device)
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
+    penalized = penalized_parameters(model, e.l2_target)
     history = fit(
         model,
         BinaryAdam(parameter_groups(model), lr=e.lr_start),
@@ -198,53 +142,25 @@ def _train(
         rates=learning_rates(e.schedule, e.lr_start, e.lr_final, e.epochs),
         generator=torch.Generator().manual_seed(stream(e.seed, "order of batches")),
         evaluate_every=e.evaluate_every,
+        mode=EvaluationMode(
+            e.evaluation_weights,
+            e.evaluation_statistics,
+            e.evaluation_samples,
+            stream(e.seed, "evaluation"),
+        ),
+        penalty=(lambda: e.l2 * l2_penalty(penalized)) if e.l2 else None,
+        measure=Recorder(e.probes, model, sets["train"], stream(e.seed, "probes")),
         progress=progress,
         after_epoch=None if folder is None else lambda h: h.save(folder / "history.csv"),
     )
+    if "modes" in e.probes and len(history):
+        history.rows[-1] |= mode_errors(model, batches)
     return model, history
-
-
-def _record(sets: dict[str, ImageSet], device: torch.device) -> dict[str, Any]:
-    """What an experiment does not say and a reader of its results must know."""
-    on_gpu = device.type == "cuda"
-    return {
-        "versions": {
-            "bnnlib": bnnlib.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU",
-        "threads": torch.get_num_threads(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "images": {split: len(data) for split, data in sets.items()},
-        "corruptions": {split: list(data.provenance) for split, data in sets.items()},
-        "label_sha256": {split: data.label_hash() for split, data in sets.items()},
-    }
-
-
-# ------------------------------------------------------------------------- folders of runs
-
-
-def is_finished(folder: str | Path) -> bool:
-    """Whether the folder holds a run that went to its end."""
-    return (Path(folder) / "experiment.json").is_file() and "seconds" in _read_record(Path(folder))
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "experiment.json"
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidValue(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("experiment"), dict):
-        raise InvalidValue(f"{path} describes no experiment")
-    return record
 
 
 def _finished(experiment: Experiment, folder: Path) -> Run:
     found = load_run(folder)
-    there, asked = vars(found.experiment), vars(experiment)
+    there, asked = found.experiment.decisive(), experiment.decisive()
     differing = [
         f"{field} ({there[field]!r} there, {asked[field]!r} asked for)"
         for field in there
@@ -253,102 +169,6 @@ def _finished(experiment: Experiment, folder: Path) -> Run:
     if differing:
         raise InvalidValue(f"{folder} holds another experiment: {', '.join(differing)}")
     return found
-
-
-def _open_folder(folder: Path, experiment: Experiment, record: dict, labels: dict) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidValue(f"{folder} exists and holds no finished run; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidValue(f"{folder} cannot be made: {error.strerror}") from error
-    _write_json(folder / "experiment.json", {"experiment": asdict(experiment), **record})
-    with whole_or_absent(folder / "labels.npz") as part, part.open("wb") as file:
-        np.savez_compressed(file, **{k: v.numpy() for k, v in labels.items()})
-
-
-def _close_folder(result: Run) -> None:
-    """Write the history and, with the time it took, the mark of a finished run."""
-    result.history.save(result.folder / "history.csv")
-    result.record["seconds"] = round(sum(result.history["seconds"]), 3)
-    content = {"experiment": asdict(result.experiment), **result.record}
-    _write_json(result.folder / "experiment.json", content)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with whole_or_absent(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def save_model(model: nn.Module, path: Path) -> None:
-    """All parameters and averages of `model`, by name, as a safetensors file."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with whole_or_absent(path) as part:
-        save_file(tensors, part)
-
-
-def load_run(folder: str | Path) -> Run:
-    """Read a run's folder; its model and labels too, where they were kept.
-
-    Raises DataNotFound where the folder holds no run.
-    """
-    folder = Path(folder)
-    for name in ("experiment.json", "history.csv"):
-        if not (folder / name).is_file():
-            raise DataNotFound(f"{folder} holds no run: there is no {name} in it")
-    record = _read_record(folder)
-    experiment = _experiment_from(record.pop("experiment"))
-    result = Run(experiment, History.load(folder / "history.csv"), record, folder=folder)
-    if (folder / "parameters.safetensors").is_file():
-        result.model = build_model(experiment)
-        result.model.load_state_dict(load_file(folder / "parameters.safetensors"))
-    if (folder / "labels.npz").is_file():
-        with np.load(folder / "labels.npz", allow_pickle=False) as file:
-            result.labels = {split: torch.from_numpy(file[split]) for split in file.files}
-    return result
-
-
-def _experiment_from(values: dict[str, Any]) -> Experiment:
-    """An `Experiment` from JSON, where tuples have become lists."""
-    for name in values:
-        check_name("field", name, [f.name for f in fields(Experiment)])
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return Experiment(**tuples)
-    except TypeError as error:
-        raise InvalidValue(f"these fields make no experiment: {error}") from error
-
-
-def stored_runs(name: str | None = None, root: str | Path = RESULTS) -> list[Run]:
-    """The finished runs under `root`, sorted by folder; only those of one experiment if named."""
-    folders = sorted(path.parent for path in Path(root).rglob("experiment.json"))
-    runs = [load_run(folder) for folder in folders if is_finished(folder)]
-    return [r for r in runs if name in (None, r.experiment.name)]
-
-
-def summary(finished: Run) -> dict[str, Any]:
-    """One row of a table of runs; errors are those after the last epoch, in percent."""
-    e, history = finished.experiment, finished.history
-    return {
-        "experiment": e.name,
-        "data": e.dataset,
-        "images": finished.record["images"]["train"],
-        "width": e.width,
-        "epochs": e.epochs,
-        "seed": e.seed,
-        "train error (%)": round(100 * history.last("train_error"), 2),
-        "test error (%)": round(100 * history.last("test_error"), 1),
-        "device": finished.record["device"],
-    }
-
-
-def is_guessing(finished: Run) -> bool:
-    """Whether the last test error is within four standard deviations of a blind guess's.
-
-    A guess among ten classes is wrong nine times in ten, with the binomial's spread.
-    """
-    spread = (0.9 * 0.1 / finished.record["images"]["test"]) ** 0.5
-    return abs(finished.history.last("test_error") - 0.9) < 4 * spread
 
 
 # -------------------------------------------------------------- evaluating a saved memorizer
@@ -360,7 +180,8 @@ def evaluate_run(finished: Run, rows: int | None = 7000, root: str | Path | None
 
     All `rows` images (or fewer, if there are fewer; None: all) go through the network as one
     batch, with its stored averages. Returns a share between 0 and 1.
-    Raises InvalidValue where the labels kept with the run are not those it trained on.
+    Raises InvalidValue where images, labels or parameters are not those of the run; the
+    original mixed them up in silence.
     Source: `svhn_evaluation_random_labels.py:101-106,321-327` of the original.
     """
     if finished.model is None or finished.labels is None:
@@ -368,8 +189,7 @@ def evaluate_run(finished: Run, rows: int | None = 7000, root: str | Path | None
     only_train = replace(finished.experiment, n_valid=0, n_test=0)
     data = prepare_data(only_train, root)["train"]
     data = replace(data, labels=finished.labels["train"])
-    if data.label_hash() != finished.record["label_sha256"]["train"]:
-        raise InvalidValue("the labels of this run are not those it was trained on")
+    _check_belongs(finished, data)
     model = build_model(finished.experiment)  # a copy: the run's own model stays as it is
     model.load_state_dict(finished.model.state_dict())
     binarize_parameters_(model).eval()
@@ -378,25 +198,37 @@ def evaluate_run(finished: Run, rows: int | None = 7000, root: str | Path | None
     return error_rate(model(x), labels)
 
 
+def _check_belongs(finished: Run, data: ImageSet) -> None:
+    """Compare what is there with the hashes that the run wrote down."""
+    record = finished.record
+    pairs = {
+        "images": (data.image_hash(), record["image_sha256"]["train"]),
+        "labels": (data.label_hash(), record["label_sha256"]["train"]),
+        "parameters": (parameter_hash(finished.model), record["parameter_sha256"]),
+    }
+    for what, (found, expected) in pairs.items():
+        if found != expected:
+            raise InvalidValue(
+                f"the {what} of this run are not those it was trained with: "
+                f"SHA-256 {found[:12]}..., recorded {expected[:12]}..."
+            )
+
+
 def _run_evaluation(e: Experiment, folder: Path | None, root: str | Path | None) -> Run:
     if not e.run_folder:
         raise InvalidValue(
-            f"{e.name} evaluates a finished run of {e.evaluates}; "
+            f"{e.name} evaluates a finished run, of {e.evaluates} or any other; "
             "name its folder in the field run_folder"
         )
     start = time.perf_counter()
     source = load_run(e.run_folder)
-    if source.experiment.name != e.evaluates:
-        raise InvalidValue(
-            f"{e.name} evaluates a run of {e.evaluates}, and {e.run_folder} holds one of "
-            f"{source.experiment.name}"
-        )
     error = evaluate_run(source, e.evaluation_rows, root)
     row = {"epoch": len(source.history), "train_error": error}
     history = History([row | {"seconds": time.perf_counter() - start}])
     record = {k: v for k, v in source.record.items() if k != "seconds"}
+    record |= {"experiment_sha256": e.digest(), **environment(torch.device("cpu"))}
     result = Run(e, history, record, folder=folder)
     if folder:
-        _open_folder(folder, e, record, source.labels)
-        _close_folder(result)
+        open_folder(folder, e, record, source.labels)
+        close_folder(result)
     return result

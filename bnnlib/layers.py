@@ -17,6 +17,7 @@ from bnnlib.errors import InvalidValue, check_name
 from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh
 
 MODES = ("deterministic", "stochastic", "real")
+STATISTICS = ("running", "batch")
 
 
 class BinaryLayer(nn.Module):
@@ -105,7 +106,8 @@ class BatchNorm(nn.Module):
 
     Training: y = (x - mean) * inv_std * weight + bias over the batch, with the biased
     variance and inv_std = 1 / sqrt(var + eps); both averages then move by `alpha`.
-    Evaluation: the same with the averages, which stay as they are.
+    Evaluation: the same with the averages; or, where `statistics` is "batch", with the mean and
+    std of the evaluated batch. The averages stay as they are.
     `nn.BatchNorm2d` averages the unbiased variance instead, and cannot express this.
     Source: Lasagne `layers/normalization.py:272-326`; Ioffe & Szegedy 2015.
     """
@@ -113,19 +115,21 @@ class BatchNorm(nn.Module):
     def __init__(self, features: int, eps: float = 1e-4, alpha: float = 0.1):
         super().__init__()
         self.eps, self.alpha = eps, alpha
+        self.statistics = "running"  # of evaluation, one of `STATISTICS`
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_inv_std", torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training and self.statistics == "running":
             return self._normalize_with_averages(x)
         y, mean, inv_std = torch.native_batch_norm(
             x, self.weight, self.bias, None, None, True, 0.0, self.eps
         )
-        self.running_mean.lerp_(mean.detach(), self.alpha)
-        self.running_inv_std.lerp_(inv_std.detach(), self.alpha)
+        if self.training:
+            self.running_mean.lerp_(mean.detach(), self.alpha)
+            self.running_inv_std.lerp_(inv_std.detach(), self.alpha)
         return y
 
     def _normalize_with_averages(self, x: Tensor) -> Tensor:
@@ -194,18 +198,34 @@ def binary_layers(model: nn.Module) -> list[BinaryLayer]:
 
 
 @contextmanager
-def weight_mode(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """Inside the `with` block, all binary layers of `model` compute in `mode`."""
-    check_name("weight mode", mode, MODES)
-    layers = binary_layers(model)
-    before = [layer.mode for layer in layers]
+def evaluating(
+    model: nn.Module, weights: str | None = None, statistics: str = "running", seed: int = 0
+) -> Iterator[nn.Module]:
+    """Inside the `with` block `model` is in evaluation mode; afterwards it is as it was before.
+
+    - `weights`: what binary layers compute with, one of `MODES`; None: as in training.
+    - `statistics`: what batch normalization uses, the "running" averages or those of the
+      evaluated "batch". Neither changes the averages.
+    - `seed`: of stochastic weights, drawn anew at each forward pass. The generator that
+      trains the model does not move.
+    """
+    check_name("weight mode", weights or "deterministic", MODES)
+    check_name("statistics", statistics, STATISTICS)
+    device = next(model.parameters(), torch.empty(0)).device
+    generator = torch.Generator(device).manual_seed(seed)
+    changes = [(module, "training", False) for module in model.modules()]
+    for layer in binary_layers(model):
+        changes += [(layer, "generator", generator), (layer, "mode", weights or layer.mode)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    changes += [(norm, "statistics", statistics) for norm in norms]
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        for layer in layers:
-            layer.mode = mode
+        for change in changes:
+            setattr(*change)
         yield model
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.mode = old
+        for change in before:
+            setattr(*change)
 
 
 @torch.no_grad()

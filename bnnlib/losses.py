@@ -3,6 +3,8 @@
 Next file: `optim.py`.
 """
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +18,14 @@ def squared_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype).mul_(2).sub_(1)  # (B, C) +-1
     return F.relu(1 - targets * logits).square().mean()
+
+
+def l2_penalty(parameters: Iterable[Tensor]) -> Tensor | float:
+    """Sum of all squares, without the factor 1/2; of no parameters it is 0.
+
+    Source: Lasagne `regularization.py` (`l2`, `regularize_layer_params_weighted`).
+    """
+    return sum(p.square().sum() for p in parameters)
 
 
 def mistakes(logits: Tensor, labels: Tensor) -> Tensor:

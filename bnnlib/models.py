@@ -42,8 +42,11 @@ ARCHITECTURES = {
     "svhn": Architecture((64, 64, 128, 128, 256, 256), pool_every=2, dense=(1024, 1024)),
     # ours: wide and shallow, because narrow deep ones memorize too little in a quick run
     "small": Architecture((32, 64), pool_every=1, dense=(512, 512)),
+    # ours: dense layers only, for the patterns whose labels are counted in bits
+    "dense": Architecture((), pool_every=1, dense=(64, 64), image_size=8),
 }
 
+DROPOUT_POSITIONS = ("before_norm", "after_activation")
 ACTIVATIONS = {"binary_tanh": BinaryTanh, "binary_sigmoid": BinarySigmoid}
 
 
@@ -78,17 +81,19 @@ def binarynet(
     activation: str = "binary_tanh",
     weights: str = "deterministic",
     dropout: tuple[float, ...] = (),
+    dropout_position: str = "before_norm",
     pad_value: float = 0.0,
 ) -> nn.Sequential:
     """A BinaryNet: images (B, 3, H, W) in [-1, 1] -> scores (B, classes).
 
-    - `architecture`: "cifar10", "svhn" or "small", or an `Architecture`.
+    - `architecture`: "cifar10", "svhn", "small" or "dense", or an `Architecture`.
     - `generator`: draws the initial weights; everything else starts as a constant.
     - `width`: multiplies channels and hidden units.
     - `binary`: False gives the full-precision twin, the same layers with real weights and
       the activation that the binary one rounds.
     - `dropout`: drop probabilities after the hidden dense layers, in order, then after the
-      last one; placed as in the original, before batch normalization.
+      last one. `dropout_position` is "before_norm", as in the original, or
+      "after_activation", where the last layer has no place for it.
 
     Raises InvalidValue for unknown names and sizes that are not positive.
     """
@@ -100,8 +105,12 @@ def binarynet(
         raise InvalidValue(f"width must be positive, got {width}")
     if not binary and (weights != "deterministic" or pad_value != 0):
         raise InvalidValue("weights and pad_value are settings of binary layers only")
-    if len(dropout) > len(architecture.dense) + 1:
-        raise InvalidValue(f"dropout {dropout} has more numbers than there are dense layers")
+    check_name("dropout position", dropout_position, DROPOUT_POSITIONS)
+    before_norm = dropout_position == "before_norm"
+    if len(dropout) > len(architecture.dense) + before_norm:
+        raise InvalidValue(
+            f"dropout {dropout} {dropout_position} has more numbers than there are places"
+        )
 
     if binary:
         conv = partial(BinaryConv2d, pad_value=pad_value, generator=generator, mode=weights)
@@ -111,10 +120,10 @@ def binarynet(
         conv = partial(_real_layer, nn.Conv2d, generator, kernel_size=3, padding=1)
         dense = partial(_real_layer, nn.Linear, generator)
         act = REAL_ACTIVATIONS[activation]
-    return _assemble(architecture, width, conv, dense, act, dropout)
+    return _assemble(architecture, width, conv, dense, act, dropout, before_norm)
 
 
-def _assemble(a: Architecture, width, conv, dense, act, dropout) -> nn.Sequential:
+def _assemble(a: Architecture, width, conv, dense, act, dropout, before_norm) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     size, channels = a.image_size, 3
     for i, out in enumerate(_scaled(width, a.convolutions), start=1):
@@ -127,14 +136,35 @@ def _assemble(a: Architecture, width, conv, dense, act, dropout) -> nn.Sequentia
     layers["flatten"] = nn.Flatten()
     features, first = channels * size * size, len(a.convolutions) + 1
     for k, out in enumerate((*_scaled(width, a.dense), a.classes)):
+        drop = {f"dropout{first + k}": Dropout(p) for p in dropout[k : k + 1] if p}
         layers[f"dense{first + k}"] = dense(features, out)
-        if k < len(dropout) and dropout[k] != 0:
-            layers[f"dropout{first + k}"] = Dropout(dropout[k])
+        layers |= drop if before_norm else {}
         layers[f"norm{first + k}"] = BatchNorm(out)
         layers[f"act{first + k}"] = act()
+        layers |= {} if before_norm else drop
         features = out
     layers.popitem()  # the scores are the last batch normalization, with no activation
     return nn.Sequential(layers)
+
+
+PENALTY_TARGETS = ("nothing", "weights", "gamma")
+
+
+def penalized_parameters(model: nn.Module, target: str) -> list[nn.Parameter]:
+    """What an L2 penalty on the dense layers reaches.
+
+    - "nothing": what the original's reached. Its binary layers replace the tag by which
+      Lasagne finds parameters to penalize (`binary_net_random_labels.py:115,163`).
+    - "weights": the latent weights of the dense layers, or the weights of the twin.
+    - "gamma": the scales of the dense layers' batch normalizations.
+    """
+    check_name("l2_target", target, PENALTY_TARGETS)
+    prefix = {"nothing": None, "weights": "dense", "gamma": "norm"}[target]
+    if prefix is None:
+        return []
+    layers = dict(model.named_children())
+    numbers = [name.removeprefix("dense") for name in layers if name.startswith("dense")]
+    return [layers[prefix + number].weight for number in numbers]
 
 
 @dataclass(frozen=True)

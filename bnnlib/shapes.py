@@ -2,7 +2,7 @@
 
 In: split, number of images, seed. Out: uint8 images (n, 3, 32, 32) and int64 labels (n,). Each
 image shows one object of varied size, place, tilt, texture and colour on a textured ground, with
-its shadow. Next file: `data.py`.
+its shadow. Next file: `patterns.py`.
 """
 
 import numpy as np

@@ -1,29 +1,30 @@
 """The training loop, in plain sight.
 
 In: a model, an optimizer and batches. Out: the model, trained in place, and its `History`.
-Next file: `catalogue.py`.
+Next file: `probes.py`.
 """
 
 import csv
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, isfinite, isnan, nan
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnnlib.batches import Batches
 from bnnlib.errors import InvalidValue, check_name, unknown_name
+from bnnlib.layers import evaluating
 from bnnlib.losses import mistakes, squared_hinge_loss
 
 SCHEDULES = ("exponential", "linear")
-EVALUATION_BATCH = 500  # images; only memory and speed depend on it
+EVALUATION_BATCH = 500  # images; drawn weights are drawn once for so many
 
 
 def learning_rates(schedule: str, start: float, final: float, epochs: int) -> list[float]:
@@ -41,28 +42,49 @@ def learning_rates(schedule: str, start: float, final: float, epochs: int) -> li
 
 
 @dataclass(frozen=True)
+class EvaluationMode:
+    """How a model is tested: its weights and statistics as in `layers.evaluating`."""
+
+    weights: str | None = None  # None: as in training
+    statistics: str = "running"
+    samples: int = 1  # passes whose scores are averaged, each with its own stochastic weights
+    seed: int = 0  # of those weights
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Errors of a model on one set, each between 0 and 1."""
 
     error: float
     class_errors: tuple[float, ...]  # NaN for a class that the set does not hold
+    mistakes: Tensor  # (N,) bool, in the order of the set
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, batch_size: int = EVALUATION_BATCH) -> Evaluation:
-    """Error over every image of the set, and of each class, from one pass.
+def evaluate(model: nn.Module, batches: Batches, mode: EvaluationMode | None = None) -> Evaluation:
+    """Error over every image of the set, and of each class, from one pass in `mode`.
 
-    The model is in evaluation mode during the pass and otherwise unchanged.
+    The model is the same afterwards, its averages and generators included. With statistics
+    of the batch no batch is larger than in training, and all but the last are of one size.
     """
-    was_training = model.training
-    model.eval()
-    wrong = torch.cat([mistakes(model(x), y) for x, y in batches.in_order(batch_size)])
-    model.train(was_training)
-    wrong, labels = wrong.cpu().double(), batches.labels.cpu()
-    total = torch.zeros(batches.classes, dtype=torch.float64)
-    count = total.index_add(0, labels, torch.ones_like(wrong))
-    class_errors = total.index_add(0, labels, wrong) / count  # 0 / 0 is NaN
-    return Evaluation(wrong.mean().item(), tuple(class_errors.tolist()))
+    mode = mode or EvaluationMode()
+    size = EVALUATION_BATCH
+    if mode.statistics == "batch":
+        size = ceil(len(batches) / ceil(len(batches) / batches.batch_size))
+    with evaluating(model, mode.weights, mode.statistics, mode.seed):
+        wrong = [
+            mistakes(sum(model(x) for _ in range(mode.samples)), labels)
+            for x, labels in batches.in_order(size)
+        ]
+    wrong = torch.cat(wrong).cpu()
+    return Evaluation(wrong.double().mean().item(), _class_errors(wrong, batches), wrong)
+
+
+def _class_errors(wrong: Tensor, batches: Batches) -> tuple[float, ...]:
+    labels, zero = batches.labels.cpu(), torch.zeros(batches.classes, dtype=torch.float64)
+    total = zero.index_add(0, labels, wrong.double())
+    count = zero.index_add(0, labels, torch.ones_like(total)[labels])
+    return tuple((total / count).tolist())  # 0 / 0 is NaN
 
 
 def train_epoch(
@@ -71,17 +93,20 @@ def train_epoch(
     batches: Batches,
     generator: torch.Generator,
     after_batch: Callable[[], object] = lambda: None,
+    penalty: Callable[[], Tensor | float] | None = None,
 ) -> tuple[float, float]:
     """One pass over the shuffled batches; returns mean loss and error, both in training mode.
 
-    `after_batch` is called once for each batch. Raises InvalidValue when the loss is no
-    longer a finite number.
+    `after_batch` is called once for each batch; what `penalty` returns is added to the loss.
+    Raises InvalidValue when the loss is no longer a finite number.
     """
     model.train()
     losses, wrong = [], []
     for x, labels in batches.shuffled(generator):
         logits = model(x)
         loss = squared_hinge_loss(logits, labels)
+        if penalty:
+            loss = loss + penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # moves the latent weights and clips them to [-1, 1]
@@ -104,7 +129,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
 
 @dataclass
 class History:
-    """What happened in each epoch: one dict a row, the same keys in each.
+    """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
 
     Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
     they were fitted; the other errors are those of the model after the epoch, and NaN in
@@ -118,9 +143,14 @@ class History:
 
     def __getitem__(self, column: str) -> list[float]:
         """One column, a value for each epoch; an unknown name is an InvalidValue."""
-        if self.rows and column not in self.rows[0]:
-            raise unknown_name("history column", column, self.rows[0])
-        return [row[column] for row in self.rows]
+        if self.rows and column not in self.columns:
+            raise unknown_name("history column", column, self.columns)
+        return [row.get(column, nan) for row in self.rows]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def last(self, column: str) -> float:
         """The value after the last epoch."""
@@ -129,7 +159,7 @@ class History:
     def save(self, path: str | Path) -> None:
         """Write a CSV file with a header, whole or not at all."""
         with whole_or_absent(Path(path)) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]) if self.rows else [])
+            writer = csv.DictWriter(file, fieldnames=self.columns)
             writer.writeheader()
             writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
 
@@ -141,6 +171,9 @@ class History:
         for row in rows:
             row["epoch"] = int(row["epoch"])
         return cls(rows)
+
+
+Measure = Callable[[nn.Module, Mapping[str, Evaluation]], dict[str, float]]
 
 
 def _cell(value: float) -> str:
@@ -158,15 +191,21 @@ def fit(
     rates: Sequence[float],
     generator: torch.Generator,
     evaluate_every: int = 1,
+    mode: EvaluationMode | None = None,
+    penalty: Callable[[], Tensor | float] | None = None,
+    measure: Measure = lambda model, results: {},
     progress: str = "auto",
     after_epoch: Callable[[History], None] | None = None,
 ) -> History:
     """Train for one epoch at each learning rate in `rates`; returns the `History`.
 
     `generator` (CPU) draws the order of the batches. Errors are computed every
-    `evaluate_every` epochs and after the last. `progress` is "bar", "lines", "none" or
-    "auto", see `progress_style`. `after_epoch` is given the history so far.
+    `evaluate_every` epochs and after the last, in `mode`. What `penalty` returns is added to
+    the loss. `measure` is given the model and the evaluations of each epoch, by split, and
+    returns more columns. `progress` is "bar", "lines", "none" or "auto", see
+    `progress_style`. `after_epoch` is given the history so far.
     """
+    sets = {"train": train, "valid": valid, "test": test}
     style, history = progress_style(progress), History()
     steps = len(rates) * (len(train) // train.batch_size)
     with tqdm(total=steps, unit="step", disable=style != "bar", mininterval=0.3) as bar:
@@ -174,12 +213,14 @@ def fit(
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, error = train_epoch(model, optimizer, train, generator, bar.update)
+            loss, error = train_epoch(model, optimizer, train, generator, bar.update, penalty)
             row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
             row["train_mode_error"] = error
             due = epoch % evaluate_every == 0 or epoch == len(rates)
-            for name, batches in (("train", train), ("valid", valid), ("test", test)):
-                row |= _error_columns(name, model, batches if due else None, train.classes)
+            results = {k: evaluate(model, b, mode) for k, b in sets.items() if b and due}
+            for name in sets:
+                row |= _error_columns(name, results.get(name), train.classes)
+            row |= measure(model, results)
             row["seconds"] = time.perf_counter() - start
             history.rows.append(row)
             if after_epoch:
@@ -188,12 +229,12 @@ def fit(
     return history
 
 
-def _error_columns(name: str, model, batches: Batches | None, classes: int) -> dict[str, float]:
-    """`name_error` and, but for the validation set, `name_error_class_i`; NaN without batches."""
-    result = evaluate(model, batches) if batches else Evaluation(nan, (nan,) * classes)
-    row = {f"{name}_error": result.error}
+def _error_columns(name: str, result: Evaluation | None, classes: int) -> dict[str, float]:
+    """`name_error` and, but for the validation set, `name_error_class_i`; NaN without result."""
+    errors = result.class_errors if result else (nan,) * classes
+    row = {f"{name}_error": result.error if result else nan}
     if name != "valid":
-        row |= {f"{name}_error_class_{i}": e for i, e in enumerate(result.class_errors)}
+        row |= {f"{name}_error_class_{i}": e for i, e in enumerate(errors)}
     return row
 
 

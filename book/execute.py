@@ -28,8 +28,8 @@ from notebooks import (
     write,
 )
 
-# Seconds a single cell may take; at `full` a training cell takes hours.
-CELL_TIMEOUT = {"smoke": 600, "quick": 1800, "full": None}
+# Seconds a single cell may take; beyond `quick` a cell may train for hours.
+CELL_TIMEOUT = {"smoke": 600, "quick": 1800, "reduced": None, "full": None}
 KERNEL_ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # each refresh of a bar would become a line
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",

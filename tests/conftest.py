@@ -1,9 +1,13 @@
-"""What several test files share: one thread, sets of noise, a network of a few units."""
+"""What several test files share: one thread, sets of noise, a small network, a finished run."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from bnnlib.data import ImageSet
+from bnnlib.experiments import published, run, smoke
 from bnnlib.models import Architecture
 
 DIGITS = tuple("0123456789")
@@ -40,3 +44,16 @@ def noise():
 def tiny():
     """Two convolutions, a pool after the second, one hidden dense layer; images of 8 x 8."""
     return Architecture((4, 6), pool_every=2, dense=(12,), image_size=8)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The base experiment at its smallest, in a folder; tests may read it, not write."""
+    out = tmp_path_factory.mktemp("runs") / "base"
+    return run(smoke(published("svhn-random-labels")), out, device="cpu", progress="none")
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of that folder, to be spoiled."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))

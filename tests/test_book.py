@@ -17,6 +17,8 @@ BOOK = Path(__file__).parents[1] / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
 LIBRARIES = {"bnnlib", "matplotlib", "numpy", "pandas", "scipy", "torch"}
+READS = {"open", "read_csv", "read_json", "read_text", "read_bytes", "imread", "urlopen"}
+READS |= {"loadtxt", "genfromtxt", "read_pickle", "fromfile"}
 TAGS = {
     "parameters",
     "injected-parameters",
@@ -75,6 +77,23 @@ def test_imports_are_public_and_explicit(path):
         assert module.partition(".")[0] in LIBRARIES | sys.stdlib_module_names
         assert name != "*"
         assert not any(part.startswith("_") for part in [*module.split("."), name])
+
+
+def calls(notebook):
+    """The last name of each call: `read_csv` of `pd.read_csv(path)`."""
+    for cell in code_cells(notebook):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Call):
+                yield getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+@each_notebook
+def test_figures_and_numbers_come_from_the_library_or_the_page_itself(path):
+    notebook = read(path)
+    assert not READS & set(calls(notebook))  # stored runs are read by `bnnlib`
+    assert not any(cell.get("attachments") for cell in notebook.cells)
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert not re.search(r"!\[|<img|\{(?:figure|image|table|csv-table)\}|^\|", text, re.MULTILINE)
 
 
 @each_chapter

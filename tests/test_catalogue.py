@@ -1,15 +1,17 @@
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
 
 import pytest
 
 from bnnlib.catalogue import (
     PROFILES,
     PUBLISHED,
+    Experiment,
     at_profile,
     by_profile,
     full,
     published,
     quick,
+    reduced,
     smoke,
 )
 from bnnlib.errors import InvalidValue
@@ -46,6 +48,10 @@ def test_an_experiment_cannot_be_changed():
         ("l2_target", "latent", "unknown l2_target 'latent'"),
         ("random_label_splits", ("train", "tests"), "did you mean 'test'"),
         ("gaussian_splits", ("valdi",), "did you mean 'valid'"),
+        ("dropout_position", "before", "did you mean 'before_norm'"),
+        ("pixels", "shuffle", "did you mean 'shuffled'"),
+        ("probes", ("flips", "part"), "unknown probe 'part'; did you mean 'parts'"),
+        ("evaluation_samples", 0, "evaluation_samples must be at least 1, got 0"),
         ("epochs", -1, "epochs must be at least 0, got -1"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("evaluate_every", 0, "evaluate_every must be at least 1, got 0"),
@@ -58,6 +64,7 @@ def test_an_experiment_cannot_be_changed():
         ("dropout", (0.5, 1.0), "dropout must be at least 0 and below 1, got .0.5, 1.0."),
         ("dropout", (0.1,) * 4, "dropout must be at most three numbers"),
         ("n_train", 0, "n_train must be none or at least 1, got 0"),
+        ("n_valid", -1, "n_valid must be none or at least 0, got -1"),
         ("n_test", -1, "n_test must be none or at least 0, got -1"),
         ("seed", -1, "seed.*-1"),
         ("corruption_seed", -1, "corruption_seed.*-1"),
@@ -68,6 +75,36 @@ def test_an_experiment_cannot_be_changed():
 def test_a_bad_field_is_refused_with_its_name_and_what_is_allowed(field, value, text):
     with pytest.raises(InvalidValue, match=text):
         replace(BASE, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"binary": False, "weights": "stochastic"}, "binary=False has real weights"),
+        ({"binary": False, "evaluation_weights": "stochastic"}, "binary=False has real weights"),
+        ({"binary": False, "evaluation_weights": "real"}, "binary=False has real weights"),
+        ({"evaluation_samples": 2}, "=2 needs evaluation_weights='stochastic', got 'determ"),
+        ({"evaluation_samples": 3, "evaluation_weights": "real"}, "=3 needs .*, got 'real'"),
+        ({"dropout": (0.1,) * 3, "dropout_position": "after_activation"}, "dropout"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(changes, text):
+    with pytest.raises(InvalidValue, match=text):
+        replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"binary": False},
+        {"evaluation_samples": 2, "evaluation_weights": "stochastic"},
+        {"dropout": (0.1,) * 3},
+        {"dropout": (0.1,) * 2, "dropout_position": "after_activation"},
+        {"l2": 1.0},  # reaches nothing, as in the original
+    ],
+)
+def test_fields_that_agree_are_taken(changes):
+    assert asdict(replace(BASE, **changes)) == asdict(BASE) | changes
 
 
 def test_an_exponential_schedule_cannot_end_at_zero():
@@ -108,7 +145,7 @@ def test_the_nine_are_published_under_their_names():
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_profile_changes_the_size_and_nothing_else(name, profile):
     size = {"dataset", "network", "epochs", "schedule", "lr_final", "width", "evaluate_every"}
-    size |= {"n_train", "n_valid", "n_test"}
+    size |= {"n_train", "n_valid", "n_test"} | ({"probes"} if profile == "reduced" else set())
     original, changed = asdict(published(name)), asdict(at_profile(published(name), profile))
     assert {k for k in original if original[k] != changed[k]} <= (
         set() if profile == "full" else size
@@ -123,6 +160,44 @@ def test_small_profiles_draw_a_look_alike_and_full_is_the_original(name, drawn):
     assert quick(own).dataset == "mine.npz"
 
 
+SVHN_REDUCED = {"dataset": "svhn_exact_subset.npz", "width": 0.5, "epochs": 100}
+CIFAR10_REDUCED = {"width": 0.25, "epochs": 60, "n_train": 2000, "n_test": 2000}
+FOR_ALL = {"schedule": "linear", "lr_final": 0.0, "n_valid": 0, "evaluate_every": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "probes"),
+    [
+        ("svhn-random-labels", SVHN_REDUCED, ("flips", "saturation")),
+        ("svhn-stochastic", SVHN_REDUCED, ("flips", "saturation", "modes")),
+        ("svhn-evaluation", SVHN_REDUCED | {"epochs": 0}, ("flips", "saturation")),
+        ("cifar10-dropout", CIFAR10_REDUCED, ("flips", "saturation", "critical")),
+        ("cifar10-stochastic", CIFAR10_REDUCED, ("flips", "saturation", "modes")),
+    ],
+)
+def test_reduced_trains_the_originals_network_on_some_real_images(name, changes, probes):
+    expected = replace(published(name), **FOR_ALL, **changes, probes=probes)
+    assert reduced(published(name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "probes"),
+    [
+        ({"random_labels": 0.5}, ("flips", "saturation", "parts", "critical")),
+        ({"random_labels": 0.0}, ("flips", "saturation", "critical")),
+        ({"binary": False}, ()),
+    ],
+)
+def test_reduced_records_what_tells_something(changes, probes):
+    assert reduced(replace(published("cifar10-random-labels"), **changes)).probes == probes
+
+
+def test_reduced_leaves_a_drawn_set_as_it_is():
+    drawn = replace(published("svhn-l2"), dataset="patterns", network="dense")
+    assert reduced(drawn) == drawn
+    assert (quick(drawn).dataset, smoke(drawn).network) == ("patterns", "dense")
+
+
 def test_unknown_profile_is_refused_with_the_nearest():
     with pytest.raises(InvalidValue, match="did you mean 'quick'"):
         at_profile(BASE, "quik")
@@ -131,5 +206,84 @@ def test_unknown_profile_is_refused_with_the_nearest():
 def test_a_choice_by_profile():
     assert by_profile("quick", smoke=100, quick=2000, full=None) == 2000
     assert by_profile("full", smoke=100, quick=2000, full=None) is None
+    assert by_profile("reduced", smoke=100, quick=2000, full=None) == 2000
+    assert by_profile("full", smoke=100) == 100
+    with pytest.raises(InvalidValue, match="did you mean 'quick'"):
+        by_profile("full", smoke=100, quik=2000)
     with pytest.raises(InvalidValue, match="did you mean 'smoke'"):
         by_profile("smok", smoke=100, quick=2000)
+
+
+# ---------------------------------------------------------------------------------- the digest
+
+# For each field that decides a run, a value that differs from `BASE`.
+OTHER = {
+    "name": "svhn-l2",
+    "dataset": "shapes",
+    "network": "svhn",
+    "epochs": 3,
+    "lr_final": 1e-9,
+    "lr_start": 1e-2,
+    "schedule": "exponential",
+    "batch_size": 25,
+    "width": 0.25,
+    "binary": False,
+    "activation": "binary_sigmoid",
+    "weights": "stochastic",
+    "evaluation_weights": "real",
+    "evaluation_statistics": "batch",
+    "evaluation_samples": 2,
+    "dropout": (0.5,),
+    "dropout_position": "after_activation",
+    "l2": 1e-3,
+    "l2_target": "gamma",
+    "random_labels": 0.5,
+    "random_label_splits": ("train",),
+    "gaussian_variance": 0.1,
+    "gaussian_splits": (),
+    "gaussian_matched": True,
+    "pixels": "random",
+    "n_train": 99,
+    "n_valid": 1,
+    "n_test": 0,
+    "evaluate_every": 2,
+    "probes": ("flips",),
+    "seed": 1,
+    "corruption_seed": 1,
+    "data_seed": 1,
+    "original_seed": None,
+    "evaluates": "svhn-random-labels",
+    "evaluation_rows": 7,
+    "run_folder": "somewhere",
+}
+NEEDS = {
+    "schedule": {"lr_final": 1e-9},
+    "evaluation_samples": {"evaluation_weights": "stochastic"},
+}
+
+
+def test_every_field_decides_but_the_two_texts():
+    assert set(OTHER) == {field.name for field in fields(Experiment)} - {"summary", "script"}
+    assert set(BASE.decisive()) == set(OTHER)
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_the_digest_changes_with_every_field_that_decides(field):
+    here = replace(BASE, **NEEDS.get(field, {}))
+    there = replace(here, **{field: OTHER[field]})
+    assert there.digest() != here.digest()
+    assert len(here.digest()) == 64
+
+
+def test_the_digest_ignores_the_texts():
+    assert replace(BASE, summary="other words", script="other.py").digest() == BASE.digest()
+
+
+def test_a_field_added_later_leaves_old_digests_alone():
+    @dataclass(frozen=True)
+    class Later(Experiment):
+        added: int = 3
+
+    values = {field.name: getattr(BASE, field.name) for field in fields(BASE)}
+    assert Later(**values).digest() == BASE.digest()
+    assert Later(**values, added=4).digest() != BASE.digest()

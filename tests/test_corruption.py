@@ -69,6 +69,16 @@ def test_a_higher_level_repeats_the_lower_one_and_adds_to_it():
     assert int((high != 0).sum()) == 2 * int(touched.sum())
 
 
+def test_the_true_labels_are_kept_through_every_corruption(noise):
+    data = noise()
+    once = random_labels(data, 0.5, seed=1)
+    for corrupted in (once, gaussian_inputs(once, seed=2), random_labels(once, 0.5, seed=3)):
+        assert torch.equal(corrupted.true_labels, data.labels)
+    changed = once.labels != data.labels
+    assert torch.equal(once.corrupted, changed)
+    assert 0 < int(changed.sum()) < 30  # of 30 new labels some are the old ones
+
+
 def test_images_stay_and_the_hash_of_the_labels_is_noted(noise):
     data = noise()
     corrupted = random_labels(data, 0.5, seed=1)

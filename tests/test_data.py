@@ -69,6 +69,36 @@ def test_label_hash_is_that_of_little_endian_64_bit_integers():
     assert ImageSet(PIXELS, LABELS, "mine", "train", ABC).label_hash() == expected
 
 
+def test_corrupted_is_where_a_label_is_not_the_true_one():
+    data = ImageSet(PIXELS, LABELS, "mine", "train", ABC, true_labels=torch.tensor([0, 2, 2, 0]))
+    assert data.corrupted.tolist() == [False, True, False, True]
+    assert data.first(3).true_labels.tolist() == [0, 2, 2]
+    assert data.at_most(2).corrupted.tolist() == [False, True]
+    assert ImageSet(PIXELS, LABELS, "mine", "train", ABC).corrupted.tolist() == [False] * 4
+
+
+def hash_of(images, labels=LABELS):
+    return ImageSet(images, labels, "mine", "train", ABC).image_hash()
+
+
+def test_image_hash_is_that_of_type_shape_and_pixels():
+    pixels = torch.arange(48, dtype=torch.uint8).reshape(4, 3, 2, 2)
+    expected = hashlib.sha256(b"uint8 (4, 3, 2, 2)" + bytes(range(48))).hexdigest()
+    assert hash_of(pixels) == expected
+    assert hash_of(pixels.to(memory_format=torch.channels_last)) == expected
+    assert hash_of(pixels, LABELS.flip(0)) == expected
+
+
+def test_image_hash_changes_with_a_pixel_the_order_the_shape_and_the_type():
+    pixels = torch.arange(48, dtype=torch.uint8).reshape(4, 3, 2, 2)
+    one_off = pixels.clone()
+    one_off[3, 2, 1, 1] += 1
+    others = [one_off, pixels.flip(0), pixels.reshape(4, 3, 1, 4), pixels.float()]
+    assert len({hash_of(images) for images in (pixels, *others)}) == 5
+    zeros = torch.zeros(4, 3, 2, 2)
+    assert hash_of(zeros) != hash_of(torch.zeros(4, 3, 2, 8, dtype=torch.uint8))  # equal bytes
+
+
 # ------------------------------------------------------------------------- names and splits
 
 
@@ -99,12 +129,13 @@ def test_sizes_are_those_of_pylearn2():
 # ------------------------------------------------------------------------------ drawn sets
 
 
-@pytest.mark.parametrize("name", ["glyphs", "shapes"])
+@pytest.mark.parametrize("name", ["glyphs", "shapes", "patterns"])
 class TestDrawnSets:
     def test_needs_no_file(self, name, tmp_path):
         data = load(name, "test", root=tmp_path, n=20)
         assert (len(data), data.name, data.split) == (20, name, "test")
-        assert data.images.shape == (20, 3, 32, 32)
+        side = 8 if name == "patterns" else 32
+        assert data.images.shape == (20, 3, side, side)
         assert len(data.class_names) == 10
 
     def test_same_arguments_same_bytes_and_others_differ(self, name):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnnlib import drawing, glyphs, shapes
+from bnnlib import drawing, glyphs, patterns, shapes
 from bnnlib.drawing import SPLITS, Draws, blur, draw_set
 from bnnlib.errors import InvalidValue
 
@@ -16,12 +16,13 @@ from bnnlib.errors import InvalidValue
 EXACT = {
     "PCG64", "SeedSequence", "abs", "arange", "empty", "empty_like", "float32", "floor",
     "full_like", "inf", "int16", "int64", "integer", "load", "maximum", "minimum", "ndarray",
-    "ones_like", "pad", "prod", "random", "sqrt", "stack", "uint64", "uint8", "where", "zeros",
-    "zeros_like",
+    "ones_like", "pad", "prod", "random", "sqrt", "stack", "uint64", "uint8", "unpackbits", "where",
+    "zeros", "zeros_like",
 }  # fmt: skip
 # Methods that add up, in an order that is NumPy's own.
 INEXACT = {"cumsum", "dot", "mean", "prod", "std", "sum", "trace", "var"}
-SETS = {"glyphs": glyphs.glyphs, "shapes": shapes.shapes}
+SETS = {"glyphs": glyphs.glyphs, "shapes": shapes.shapes, "patterns": patterns.patterns}
+SIDES = {"glyphs": 32, "shapes": 32, "patterns": 8}
 DIGESTS = {
     ("glyphs", "train"): "d277283b1cc3fed24b50f407e6adc645b8320597471e752a3b00efd6679a50db",
     ("glyphs", "valid"): "71948fe82de3f50b6200bffcd65e50a1d6b3307838b1936e075ff2d744fb3de6",
@@ -29,6 +30,9 @@ DIGESTS = {
     ("shapes", "train"): "90e0b5a0ddcba6b82e31a8f1aeb5fe498b00d1baa4ecf42ebeb9301caba78e50",
     ("shapes", "valid"): "3b9de89c4513561ef205a11f16734e4969088f31c0b378e3c91150120b277160",
     ("shapes", "test"): "d45d6eeb8214977ff3f9646c83e1967532d64c905b4b183ee15da62f0907c55a",
+    ("patterns", "train"): "005014d08016bc004fd6f03b4cdb7ee58d867fd312f92051fdc9ec2935ca7f45",
+    ("patterns", "valid"): "ff01b1c99725875f8e6990b8ec7f512c21b216fa16e1f98b004b514132dde8b1",
+    ("patterns", "test"): "025f07973db65f9adf55282d3636d961f56a2109f40c2a22538b8417736d4c09",
 }
 
 
@@ -42,7 +46,7 @@ def draws() -> Draws:
     return random_draws(2000)
 
 
-@pytest.mark.parametrize("module", [drawing, glyphs, shapes])
+@pytest.mark.parametrize("module", [drawing, glyphs, shapes, patterns])
 def test_only_exact_operations_are_used(module):
     tree = ast.parse(Path(module.__file__).read_text())
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -57,7 +61,7 @@ def test_only_exact_operations_are_used(module):
 def test_images_are_the_same_bytes_on_every_machine(name, split):
     images, labels = SETS[name](split, 64)
     assert images.dtype == np.uint8
-    assert images.shape == (64, 3, 32, 32)
+    assert images.shape == (64, 3, SIDES[name], SIDES[name])
     assert labels.dtype == np.int64
     content = images.tobytes() + labels.astype(np.uint8).tobytes()
     assert hashlib.sha256(content).hexdigest() == DIGESTS[name, split]
@@ -120,6 +124,20 @@ def test_integers_and_chances_have_the_right_frequencies(draws):
     assert counts.shape == (4,)
     assert counts == pytest.approx(500, abs=80)  # 4 standard deviations
     assert draws.chance(0.3).mean() == pytest.approx(0.3, abs=0.041)
+
+
+def test_bits_are_those_of_the_words_byte_by_byte():
+    words = np.array([[1, 0, 2**63], [2**8, 2**64 - 1, 0]], np.uint64)
+    bits = Draws(words).bits(128)
+    assert bits.dtype == np.uint8
+    first, second = bits.tolist()
+    assert first == [0] * 7 + [1] + [0] * 120  # the lowest byte first, its highest bit first
+    assert second == [0] * 15 + [1] + [0] * 48 + [1] * 64
+    draws = Draws(words)
+    draws.bits(128)
+    assert np.flatnonzero(draws.bits(64)).tolist() == [56]
+    with pytest.raises(InvalidValue, match="4 words needed"):
+        draws.bits(64)
 
 
 def test_noise_has_mean_0_and_variance_1():

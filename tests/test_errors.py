@@ -3,7 +3,7 @@ import doctest
 import pytest
 
 from bnnlib import errors
-from bnnlib.errors import BnnlibError, DataNotFound, InvalidValue, NotRunnable, nearest
+from bnnlib.errors import BnnlibError, DataNotFound, InvalidValue, nearest
 
 FRUIT = ["apple", "Pear", "cherry"]
 
@@ -48,11 +48,7 @@ def test_the_example_in_the_docstring_holds():
 
 @pytest.mark.parametrize(
     ("error", "builtin"),
-    [
-        (InvalidValue, ValueError),
-        (DataNotFound, FileNotFoundError),
-        (NotRunnable, NotImplementedError),
-    ],
+    [(InvalidValue, ValueError), (DataNotFound, FileNotFoundError)],
 )
 def test_errors_can_be_caught_as_ours_and_as_pythons(error, builtin):
     assert issubclass(error, BnnlibError)

@@ -1,56 +1,39 @@
 import json
-import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bnnlib.corruption import random_labels
-from bnnlib.errors import DataNotFound, InvalidValue, NotRunnable
+from bnnlib.batches import Batches
+from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.experiments import (
-    PROFILES,
-    PUBLISHED,
-    Experiment,
-    at_profile,
     build_model,
     evaluate_run,
     is_finished,
-    is_guessing,
     load_run,
+    named,
     prepare_data,
     published,
-    resolve_device,
     run,
     smoke,
-    stored_runs,
     stream,
+    summary,
 )
 from bnnlib.layers import binary_layers
-from bnnlib.train import History
+from bnnlib.models import penalized_parameters
+from bnnlib.probes import EVALUATION_MODES, PROBES
+from bnnlib.train import EvaluationMode, evaluate
 
-NOT_YET = ["svhn-stochastic", "cifar10-stochastic"]
 BASE = smoke(published("svhn-random-labels"))
+LAYERS = ("conv1", "conv2", "dense3", "dense4", "dense5")  # of the network "small"
 EVALUATION = smoke(published("svhn-evaluation"))
 
 
 def quietly(experiment, out=None):
     return run(experiment, out, device="cpu", progress="none")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run of a few seconds in its folder; tests may read it, not write."""
-    return quietly(BASE, tmp_path_factory.mktemp("runs") / "base")
-
-
-@pytest.fixture
-def folder(finished, tmp_path):
-    """A copy of that folder, to be spoiled."""
-    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
 
 
 def content(folder):
@@ -64,33 +47,6 @@ def without_seconds(history):
 def same_weights(one, other):
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-
-
-# ------------------------------------------------------------------------ what cannot run yet
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-@pytest.mark.parametrize("profile", PROFILES)
-def test_what_cannot_run_yet_says_so_in_one_line(name, profile, tmp_path):
-    with pytest.raises(NotRunnable, match=f"{name} cannot run yet: .*not built yet") as caught:
-        quietly(at_profile(published(name), profile), tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"weights": "stochastic"},
-        {"weights": "real"},  # evaluation_weights says deterministic
-        {"evaluation_weights": "stochastic"},
-        {"evaluation_weights": "real"},
-        {"evaluation_statistics": "batch"},
-    ],
-)
-def test_a_setting_that_would_be_ignored_is_not_run(changes):
-    with pytest.raises(NotRunnable):
-        quietly(replace(BASE, **changes))
 
 
 # ------------------------------------------------------------------------------------ seeds
@@ -109,44 +65,37 @@ def test_another_seed_differs_in_weights_and_order_but_not_in_the_data(finished)
     assert all(torch.equal(other.labels[split], y) for split, y in finished.labels.items())
 
 
-def test_corruption_seed_changes_the_labels_only():
-    here, there = (prepare_data(replace(BASE, corruption_seed=seed)) for seed in (0, 1))
-    for split in ("train", "test"):
-        assert torch.equal(here[split].images, there[split].images)
-        assert not torch.equal(here[split].labels, there[split].labels)
-    models = [build_model(replace(BASE, corruption_seed=seed)) for seed in (0, 1)]
-    assert same_weights(*models)
-
-
-def test_seed_decides_the_initial_weights():
-    one, same, other = (build_model(replace(BASE, seed=seed)) for seed in (0, 0, 1))
-    assert same_weights(one, same)
-    assert not torch.equal(one.conv1.weight, other.conv1.weight)
-
-
-def test_data_seed_draws_other_images():
-    here, there = (prepare_data(replace(BASE, data_seed=seed))["train"] for seed in (0, 1))
-    assert not torch.equal(here.images, there.images)
-    assert torch.equal(here.labels, there.labels)  # random, by another seed
-
-
-def test_streams_differ_by_seed_and_purpose_and_fit_a_generator():
-    seeds = [stream(seed, purpose) for seed in range(5) for purpose in ("a", "b", "labels train")]
-    assert len(set(seeds)) == 15
-    assert seeds == [stream(s, p) for s in range(5) for p in ("a", "b", "labels train")]
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 def test_a_run_leaves_pytorchs_global_generator_alone():
     before = torch.get_rng_state()
     quietly(smoke(published("svhn-dropout")))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_l2_penalty_as_coded_changes_no_weight(finished):
-    experiment = smoke(published("svhn-l2"))
-    assert experiment.l2 == 5e-4
-    assert same_weights(quietly(experiment).model, finished.model)
+@pytest.fixture(scope="module")
+def base_100_steps():
+    """The base experiment, 50 epochs of two batches."""
+    return quietly(replace(BASE, epochs=50, n_test=0, evaluate_every=25))
+
+
+def test_l2_as_coded_is_the_base_bit_for_bit_for_100_steps(base_100_steps):
+    e = base_100_steps.experiment
+    assert e.steps == 100
+    coded = quietly(replace(e, l2=published("svhn-l2").l2))
+    assert (coded.experiment.l2, coded.experiment.l2_target) == (5e-4, "nothing")
+    assert same_weights(coded.model, base_100_steps.model)
+    # as text, since NaN is not equal to itself
+    assert str(without_seconds(coded.history)) == str(without_seconds(base_100_steps.history))
+
+
+@pytest.mark.parametrize("target", ["weights", "gamma"])
+def test_l2_that_reaches_something_shrinks_it(base_100_steps, target):
+    penalized = quietly(replace(base_100_steps.experiment, l2=5e-4, l2_target=target))
+    small, large = (
+        sum(p.detach().square().sum().item() for p in penalized_parameters(r.model, target))
+        for r in (penalized, base_100_steps)
+    )
+    assert small < 0.98 * large
+    assert penalized.history["train_loss"][0] > base_100_steps.history["train_loss"][0]
 
 
 def test_dropout_does_change_the_weights(finished):
@@ -154,63 +103,29 @@ def test_dropout_does_change_the_weights(finished):
     assert not torch.equal(dropped.model.dense3.weight, finished.model.dense3.weight)
 
 
-# ----------------------------------------------------------------------- preparing the data
+def test_probes_and_ways_to_evaluate_do_not_influence_the_training(tmp_path):
+    e = replace(smoke(named("svhn-tanh-stochastic")), random_labels=0.5)
+    plain = quietly(e)
+    watched = replace(e, probes=PROBES, evaluation_weights="stochastic", evaluation_samples=2)
+    probed = quietly(replace(watched, evaluation_statistics="batch"), tmp_path / "out")
+    assert same_weights(probed.model, plain.model)
+    assert probed.history["train_loss"] == plain.history["train_loss"]
+    assert load_run(tmp_path / "out").history.columns == probed.history.columns
+    extra = set(probed.history.columns) - set(plain.history.columns)
+    layers = [f"{probe}_{layer}" for probe in ("flips", "saturation") for layer in LAYERS]
+    modes = [f"{split}_error_{mode}" for split in ("train", "test") for mode in EVALUATION_MODES]
+    parts = ["train_error_clean", "train_error_corrupted"]
+    assert extra == {*layers, *modes, *parts, "critical_sample_ratio"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "corrupted"),
-    [
-        ({}, {"train": 1, "valid": 1, "test": 1}),
-        ({"random_label_splits": ("train", "valid")}, {"train": 1, "valid": 1, "test": 0}),
-        ({"random_labels": 0.0}, {"train": 0, "valid": 0, "test": 0}),
-        (
-            {"gaussian_variance": 0.1, "random_label_splits": ("test",)},
-            {"train": 1, "valid": 0, "test": 1},
-        ),
-        ({"gaussian_variance": 0.1}, {"train": 2, "valid": 1, "test": 1}),
-    ],
-)
-def test_only_the_named_splits_are_corrupted(changes, corrupted):
-    sets = prepare_data(replace(BASE, n_valid=20, **changes))
-    assert {split: len(data.provenance) for split, data in sets.items()} == corrupted
-
-
-def test_gaussian_inputs_keep_the_true_labels():
-    true = prepare_data(replace(BASE, random_labels=0.0))
-    sets = prepare_data(replace(smoke(published("cifar10-gaussian-inputs")), dataset="glyphs"))
-    assert sets["train"].images.dtype == torch.float32
-    assert sets["train"].images.std().item() == pytest.approx(0.1**0.5, rel=0.01)
-    assert sets["test"].images.dtype == torch.uint8
-    for split in ("train", "test"):
-        assert torch.equal(sets[split].labels, true[split].labels)
-
-
-def test_labels_of_the_splits_come_from_independent_streams():
-    sets = prepare_data(replace(BASE, n_train=200, n_valid=200, n_test=200))
-    labels = [data.labels for data in sets.values()]
-    agreement = [(a == b).double().mean() for a, b in pairwise(labels)]
-    assert max(agreement) < 0.2
-
-
-def test_no_more_images_are_taken_than_asked_for_or_there(tmp_path):
-    images = np.zeros((30, 3, 8, 8), np.uint8)
-    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(30) % 10)
-    own = replace(BASE, dataset="mine.npz", n_test=0)
-    sizes = {
-        n: len(prepare_data(replace(own, n_train=n), tmp_path)["train"]) for n in (7, 99, None)
-    }
-    assert sizes == {7: 7, 99: 30, None: 30}
-
-
-def test_a_split_of_no_images_is_left_out():
-    assert list(prepare_data(replace(BASE, n_valid=0, n_test=0))) == ["train"]
-    assert list(prepare_data(replace(BASE, n_valid=5))) == ["train", "valid", "test"]
-
-
-def test_partly_random_labels_are_the_level_asked_for():
-    true, half = (prepare_data(replace(BASE, n_train=500, random_labels=r)) for r in (0.0, 0.5))
-    expected = random_labels(true["train"], 0.5, seed=stream(0, "labels train"))
-    assert torch.equal(half["train"].labels, expected.labels)
+def test_errors_are_those_of_the_evaluation_asked_for():
+    e = replace(smoke(named("svhn-stochastic")), n_train=500)
+    finished = quietly(e)
+    batches = Batches(prepare_data(e)["train"], e.batch_size)
+    mode = EvaluationMode("stochastic", "batch", seed=stream(e.seed, "evaluation"))
+    found = finished.history.last("train_error")
+    assert found == evaluate(finished.model, batches, mode).error
+    assert found != evaluate(finished.model, batches, EvaluationMode("deterministic")).error
 
 
 # ----------------------------------------------------------------------------- run and folder
@@ -223,32 +138,6 @@ def test_the_folder_holds_experiment_history_labels_and_parameters(finished):
         "labels.npz",
         "parameters.safetensors",
     }
-
-
-def test_the_record_says_what_a_reader_must_know(finished):
-    record = json.loads((finished.folder / "experiment.json").read_text())
-    assert record["experiment"] == json.loads(json.dumps(asdict(BASE)))
-    assert set(record["versions"]) == {"bnnlib", "python", "torch", "numpy"}
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["images"] == {"train": 100, "test": 100}
-    assert record["seconds"] > 0
-    for split, data in prepare_data(BASE).items():
-        assert record["label_sha256"][split] == data.label_hash()
-        assert record["corruptions"][split] == list(data.provenance)
-    assert {"device", "threads", "started"} <= set(record)
-
-
-def test_a_run_is_read_as_it_was_kept(finished):
-    loaded = load_run(finished.folder)
-    assert loaded.experiment == BASE
-    assert loaded.record == finished.record
-    assert same_weights(loaded.model, finished.model)
-    assert {split: y.tolist() for split, y in loaded.labels.items()} == {
-        split: y.tolist() for split, y in finished.labels.items()
-    }
-    for row, kept in zip(loaded.history.rows, finished.history.rows, strict=True):
-        assert row == pytest.approx(kept, rel=1e-8, nan_ok=True)
-    assert evaluate_run(loaded, rows=None) == evaluate_run(finished, rows=None)
 
 
 def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
@@ -321,26 +210,6 @@ def test_an_empty_folder_and_a_missing_one_are_used(tmp_path):
         assert is_finished(out)
 
 
-def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
-    assert not is_finished(tmp_path)
-    with pytest.raises(DataNotFound, match=r"no experiment\.json"):
-        load_run(tmp_path)
-
-
-def test_a_folder_without_a_history_cannot_be_loaded(folder):
-    (folder / "history.csv").unlink()
-    with pytest.raises(DataNotFound, match=r"history\.csv"):
-        load_run(folder)
-
-
-def test_a_record_with_an_unknown_field_is_refused(folder):
-    record = json.loads((folder / "experiment.json").read_text())
-    record["experiment"]["epoch"] = record["experiment"].pop("epochs")
-    (folder / "experiment.json").write_text(json.dumps(record))
-    with pytest.raises(InvalidValue, match="'epoch'; did you mean 'epochs'"):
-        load_run(folder)
-
-
 def test_missing_data_leave_no_folder_behind(tmp_path):
     experiment = replace(BASE, dataset="cifar10", n_train=50, n_test=0)
     with pytest.raises(DataNotFound):
@@ -354,22 +223,17 @@ def test_too_few_images_for_a_batch_leave_no_folder_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_for_images_of_another_size_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(InvalidValue, match=r"8 x 8 pixels, .* 32 x 32"):
+        quietly(replace(BASE, network="dense"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_epochs_give_the_initial_weights(tmp_path):
     untrained = quietly(replace(BASE, epochs=0), tmp_path / "out")
     assert len(untrained.history) == 0
     assert same_weights(untrained.model, build_model(BASE))
     assert len(load_run(tmp_path / "out").history) == 0
-
-
-@pytest.mark.parametrize("name", ["cud", "cpux", "meta"])
-def test_a_device_that_is_not_here_is_refused(name):
-    with pytest.raises(InvalidValue, match=f"device '{name}' cannot be used here"):
-        resolve_device(name)
-
-
-def test_device_auto_is_one_that_works():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert torch.zeros(2, device=resolve_device("auto")).sum() == 0
 
 
 def test_the_twin_and_the_other_profile_run_too():
@@ -403,8 +267,34 @@ def test_evaluation_leaves_the_run_as_it_is(folder):
 def test_altered_labels_are_refused(folder):
     altered = load_run(folder)
     altered.labels["train"][0] = (altered.labels["train"][0] + 1) % 10
-    with pytest.raises(InvalidValue, match="not those it was trained on"):
+    with pytest.raises(InvalidValue, match="the labels of this run are not those it was trained"):
         evaluate_run(altered)
+
+
+def test_labels_of_another_run_are_refused(folder, tmp_path):
+    other = quietly(replace(BASE, corruption_seed=1), tmp_path / "other")
+    shutil.copy(other.folder / "labels.npz", folder)
+    with pytest.raises(InvalidValue, match="the labels of this run"):
+        evaluate_run(load_run(folder))
+
+
+def test_parameters_of_another_run_of_the_same_network_are_refused(folder, tmp_path):
+    other = quietly(replace(BASE, seed=1), tmp_path / "other")
+    shutil.copy(other.folder / "parameters.safetensors", folder)
+    with pytest.raises(InvalidValue, match="the parameters of this run are not those"):
+        evaluate_run(load_run(folder))
+
+
+def test_images_that_are_not_those_of_the_run_are_refused(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(60, 3, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(60) % 10)
+    e = replace(BASE, dataset=str(tmp_path / "mine.npz"), n_test=0)
+    kept = quietly(e, tmp_path / "out")
+    assert evaluate_run(load_run(kept.folder)) == kept.history.last("train_error")
+    images[0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(60) % 10)
+    with pytest.raises(InvalidValue, match="the images of this run are not those"):
+        evaluate_run(load_run(kept.folder))
 
 
 @pytest.mark.parametrize("file", ["parameters.safetensors", "labels.npz"])
@@ -426,59 +316,19 @@ def test_the_evaluation_is_an_experiment_too(finished, tmp_path):
 
 
 def test_the_evaluation_needs_the_folder_of_a_run(tmp_path):
-    with pytest.raises(InvalidValue, match="svhn-random-labels; name its folder"):
+    with pytest.raises(InvalidValue, match="svhn-random-labels or any other; name its folder"):
         quietly(EVALUATION)
     with pytest.raises(DataNotFound, match="holds no run"):
         quietly(replace(EVALUATION, run_folder=str(tmp_path)))
 
 
-def test_the_evaluation_takes_no_run_of_another_experiment(tmp_path):
-    quietly(smoke(published("svhn-dropout")), tmp_path / "dropout")
-    with pytest.raises(InvalidValue, match="svhn-dropout"):
-        quietly(replace(EVALUATION, run_folder=str(tmp_path / "dropout")))
-
-
-# ----------------------------------------------------------------------------- stored results
-
-
-@pytest.mark.parametrize(("error", "guessing"), [(0.9, True), (0.79, True), (0.77, False)])
-def test_a_guess_is_wrong_nine_times_in_ten_within_four_standard_deviations(
-    finished, error, guessing
-):
-    history = History([{"test_error": error}])  # 100 images: one standard deviation is 3 points
-    assert is_guessing(replace(finished, history=history)) is guessing
-
-
-def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "unfinished")
-    (tmp_path / "unfinished" / "experiment.json").write_text('{"experiment": {}}')
-    found = stored_runs(root=tmp_path)
-    assert [r.folder for r in found] == [folder]
-    assert len(stored_runs("svhn-random-labels", tmp_path)) == 1
-    assert stored_runs("cifar10-dropout", tmp_path) == []
-    assert stored_runs(root=tmp_path / "nowhere") == []
-
-
-STORED = stored_runs()
-each_stored = pytest.mark.parametrize("kept", STORED, ids=lambda kept: str(kept.folder.name))
-
-
-@each_stored
-def test_a_stored_run_is_whole(kept):
-    assert isinstance(kept.experiment, Experiment)
-    assert kept.experiment.name in PUBLISHED
-    assert kept.history["epoch"] == list(range(1, kept.experiment.epochs + 1))
-    assert 0 <= kept.history.last("train_error") <= 1
-    assert kept.record["seconds"] == pytest.approx(sum(kept.history["seconds"]), abs=1)
-    assert all(len(value) == 64 for value in kept.record["label_sha256"].values())
-
-
-@each_stored
-@pytest.mark.skipif(not os.environ.get("BNNLIB_DATA"), reason="BNNLIB_DATA names no data folder")
-def test_the_labels_of_a_stored_run_can_be_made_again(kept):
-    try:
-        sets = prepare_data(kept.experiment)
-    except DataNotFound as error:
-        pytest.skip(str(error))
-    hashes = {split: data.label_hash() for split, data in sets.items()}
-    assert hashes == kept.record["label_sha256"]
+@pytest.mark.parametrize("name", ["cifar10-dropout", "svhn-stochastic", "svhn-float"])
+def test_the_evaluation_takes_a_run_of_any_experiment_and_tests_its_signs(name, tmp_path):
+    source = quietly(smoke(named(name)), tmp_path / "source")
+    result = quietly(replace(EVALUATION, run_folder=str(source.folder)), tmp_path / "out")
+    batches = Batches(prepare_data(source.experiment)["train"], 50)
+    signs = evaluate(source.model, batches, EvaluationMode("deterministic"))
+    assert result.history["train_error"] == [signs.error]
+    assert result.record["experiment_sha256"] == result.experiment.digest()
+    assert result.record["parameter_sha256"] == source.record["parameter_sha256"]
+    assert np.isnan(summary(result)["test error (%)"])

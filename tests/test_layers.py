@@ -16,8 +16,8 @@ from bnnlib.layers import (
     Dropout,
     binarize_parameters_,
     binary_layers,
+    evaluating,
     seed_layers,
-    weight_mode,
 )
 from bnnlib.models import binarynet
 from bnnlib.quantizers import binary_sigmoid, binary_tanh, sign
@@ -195,6 +195,18 @@ def test_evaluation_uses_the_averages_and_leaves_them(norm, shape, generator):
     assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3, 2)])
+def test_evaluation_with_statistics_of_the_batch_agrees_with_numpy(norm, shape):
+    norm.running_mean.fill_(7)
+    before = copy.deepcopy(norm.state_dict())
+    x = 3 * np.random.default_rng(0).standard_normal(shape) + 2
+    with evaluating(norm, statistics="batch"):
+        y = norm(torch.from_numpy(x)).detach()
+    gamma, beta = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    np.testing.assert_allclose(y, normalized(x, gamma, beta, eps=1e-4)[0], rtol=1e-10)
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
 def test_averages_are_buffers_without_gradient(norm):
     norm(torch.randn(6, 4, dtype=torch.float64)).sum().backward()
     assert {name for name, _ in norm.named_buffers()} == {"running_mean", "running_inv_std"}
@@ -254,24 +266,67 @@ def test_binary_layers_come_from_input_to_output(model):
     assert binary_layers(model) == [model.conv1, model.conv2, model.dense3, model.dense4]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_weight_mode_holds_inside_the_block_and_is_undone_by_an_error(model, mode):
-    model.conv2.mode = "real"
-    before = modes(model)
-    with weight_mode(model, mode) as same:
-        assert same is model
-        assert modes(model) == [mode] * 4
-    assert modes(model) == before
-    with pytest.raises(ZeroDivisionError), weight_mode(model, mode):
+@pytest.fixture
+def mixed(tiny, generator):
+    """A network with dropout and generators whose layers are all in different states."""
+    model = binarynet(tiny, generator=generator, weights="stochastic", dropout=(0.5,))
+    seed_layers(model, 7)
+    model.conv2.mode, model.norm1.statistics = "real", "batch"
+    model.norm2.eval()
+    return model
+
+
+def states(model):
+    """All that `evaluating` may change, of every module, and where each generator stands."""
+    names = ("training", "mode", "statistics", "generator")
+    found = [[getattr(module, name, None) for name in names] for module in model.modules()]
+    return [(*values, values[-1] and values[-1].get_state().tolist()) for values in found]
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.parametrize("weights", [None, *MODES])
+def test_evaluating_holds_inside_the_block_and_is_undone_also_by_an_error(
+    mixed, weights, statistics, generator
+):
+    x = torch.randn(5, 3, 8, 8, generator=generator)
+    before, parameters = states(mixed), copy.deepcopy(mixed.state_dict())
+    with evaluating(mixed, weights, statistics) as same:
+        assert same is mixed
+        assert not any(module.training for module in mixed.modules())
+        expected = ["stochastic", "real", "stochastic", "stochastic"]
+        assert modes(mixed) == ([weights] * 4 if weights else expected)
+        assert {mixed.norm1.statistics, mixed.norm4.statistics} == {statistics}
+        mixed(x)
+    assert states(mixed) == before
+    with pytest.raises(ZeroDivisionError), evaluating(mixed, weights, statistics):
         1 / 0  # noqa: B018
-    assert modes(model) == before
+    assert states(mixed) == before
+    assert all(torch.equal(p, parameters[key]) for key, p in mixed.state_dict().items())
 
 
-def test_unknown_weight_mode_is_refused_with_the_nearest(model):
-    with (
-        pytest.raises(InvalidValue, match="did you mean 'deterministic'"),
-        weight_mode(model, "determinist"),
-    ):
+def test_stochastic_evaluation_is_decided_by_its_seed_and_samples_at_each_pass(mixed, generator):
+    x = torch.randn(5, 3, 8, 8, generator=generator)
+
+    def passes(seed):
+        with evaluating(mixed, "stochastic", seed=seed):
+            return torch.stack([mixed(x), mixed(x)])
+
+    first, second = passes(3)
+    assert not torch.equal(first, second)
+    torch.rand(9, generator=mixed.conv1.generator)  # training goes on
+    assert torch.equal(passes(3), torch.stack([first, second]))
+    assert not torch.equal(passes(4), passes(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"weights": "determinist"}, "did you mean 'deterministic'"),
+        ({"statistics": "bach"}, "did you mean 'batch'"),
+    ],
+)
+def test_unknown_ways_to_evaluate_are_refused_with_the_nearest(model, settings, text):
+    with pytest.raises(InvalidValue, match=text), evaluating(model, **settings):
         pytest.fail("the block must not be entered")
 
 

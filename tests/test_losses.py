@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bnnlib.losses import error_rate, mistakes, squared_hinge_loss
+from bnnlib.losses import error_rate, l2_penalty, mistakes, squared_hinge_loss
 
 
 def test_two_samples_by_hand():
@@ -30,6 +30,18 @@ def test_loss_has_the_type_of_the_scores(dtype):
     loss = squared_hinge_loss(torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 1]))
     assert loss.dtype == dtype
     assert loss.shape == ()
+
+
+def test_l2_penalty_is_the_sum_of_squares_without_a_half():
+    one, other = torch.tensor([[1.0, -2], [0, 3]]), torch.tensor([0.5])
+    assert l2_penalty([one, other]).item() == 1 + 4 + 0 + 9 + 0.25
+    assert l2_penalty([]) == 0
+
+
+def test_gradient_of_the_l2_penalty_is_twice_the_parameter():
+    p = torch.tensor([1.0, -2, 0], requires_grad=True)
+    l2_penalty([p]).backward()
+    assert p.grad.tolist() == [2, -4, 0]
 
 
 def test_mistakes_and_their_share():

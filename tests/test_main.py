@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from bnnlib.__main__ import main, parse_field, with_settings
 from bnnlib.errors import InvalidValue
-from bnnlib.experiments import PUBLISHED, is_finished, load_run, published
+from bnnlib.experiments import PUBLISHED, VARIANTS, is_finished, load_run, named, published
 
 # The nine scripts, typed from a reading of the originals.
 SCRIPTS = {
@@ -45,13 +45,17 @@ COMMON = {
     "weights": "deterministic",
     "evaluation_weights": "deterministic",
     "evaluation_statistics": "running",
+    "evaluation_samples": 1,
     "dropout": [],
+    "dropout_position": "before_norm",
     "l2": 0.0,
     "l2_target": "nothing",
     "random_labels": 1.0,
     "random_label_splits": ["train", "valid", "test"],
     "gaussian_variance": 0.0,
     "gaussian_splits": ["train"],
+    "gaussian_matched": False,
+    "pixels": "kept",
     "n_train": None,
     "n_valid": None,
     "n_test": None,
@@ -126,22 +130,22 @@ def test_settings(listed, name):
 def test_every_field_is_compared_but_text_and_our_own_seeds(listed):
     compared = set(COMMON) | {"script", "epochs", "lr_final", "lr_decay", "steps", "original_seed"}
     compared |= {"name", "dataset", "network"}
-    ours = {"summary", "missing", "run_folder", "seed", "corruption_seed", "data_seed"}
+    ours = {"summary", "probes", "run_folder", "seed", "corruption_seed", "data_seed"}
     for entry in listed.values():
         assert set(entry) == compared | ours
 
 
-def test_what_cannot_run_yet_is_marked(listed):
-    missing = {name for name, entry in listed.items() if entry["missing"]}
-    assert missing == {"svhn-stochastic", "cifar10-stochastic"}
-    lines = call("list").stdout.splitlines()
-    assert {line.split()[0] for line in lines if "cannot run yet" in line} == missing
-
-
 def test_list_has_a_line_for_each():
-    lines = call("list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(SCRIPTS)
-    assert all(published(line.split()[0]).summary in line for line in lines)
+    for arguments, names in ((("list",), SCRIPTS), (("list", "--variants"), VARIANTS)):
+        lines = call(*arguments).stdout.splitlines()
+        assert [line.split()[0] for line in lines] == list(names)
+        assert all(named(line.split()[0]).summary in line for line in lines)
+
+
+def test_variants_are_listed_with_every_field_too(listed):
+    entries = json.loads(call("list", "--variants", "--json").stdout)
+    assert [entry["name"] for entry in entries] == list(VARIANTS)
+    assert {frozenset(entry) for entry in entries} == {frozenset(listed["svhn-l2"])}
 
 
 def test_describe_shows_every_field(listed):
@@ -183,7 +187,9 @@ RUN = ("run", "svhn-random-labels", "--profile", "smoke", "--out", "unused")
         ((*RUN, "--set", "epochs"), "--set takes field=value, got 'epochs'"),
         ((*RUN, "--set", "seed=-1"), "seed"),
         ((*RUN, "--device", "cud"), "device 'cud' cannot be used here"),
-        (("run", "svhn-evaluation", "--profile", "smoke"), "run_folder"),
+        (("run", "svhn-l2-wieghts-5e-4"), "did you mean 'svhn-l2-weights-5e-4'"),
+        ((*RUN, "--set", "probes=flip"), "did you mean 'flips'"),
+        ((*RUN, "--set", "evaluation_samples=3"), "needs evaluation_weights='stochastic'"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_nearest_name_and_status_2(
@@ -203,8 +209,7 @@ def test_a_mistake_is_one_line_with_the_nearest_name_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("run", "svhn-stochastic"), "svhn-stochastic cannot run yet"),
-        (("run", "cifar10-stochastic", "--profile", "full"), "cifar10-stochastic cannot run yet"),
+        (("run", "svhn-float", "--profile", "reduced", "--data", "."), "no file"),
         (("run", "cifar10-dropout", "--profile", "full", "--data", "."), "CIFAR10 is not in"),
     ],
 )
@@ -245,6 +250,7 @@ def test_an_interrupt_ends_quietly(monkeypatch):
         ("dropout", "0.5", (0.5,)),
         ("dropout", "", ()),
         ("random_label_splits", "train,valid", ("train", "valid")),
+        ("probes", "flips, parts", ("flips", "parts")),
         ("dataset", "my=set.npz", "my=set.npz"),
     ],
 )
@@ -286,18 +292,32 @@ def test_in_a_shell_a_mistake_has_no_traceback(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"svhn-stochastic", "cifar10-stochastic"}))
-def test_every_experiment_that_can_run_has_a_form_of_seconds(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [*PUBLISHED, *VARIANTS])
+def test_every_experiment_and_variant_has_a_form_of_seconds(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    more = ()
-    if name == "svhn-evaluation":
-        call("run", "svhn-random-labels", "--profile", "smoke", "--out", "memorizer")
-        more = ("--set", "run_folder=memorizer")
-    result = call("run", name, "--profile", "smoke", *more)
+    result = call("run", name, "--profile", "smoke", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert is_finished(tmp_path / "runs" / name / "smoke-seed0")
-    assert "error" in result.stdout
+    folder = tmp_path / "runs" / name / "smoke-seed0"
+    assert is_finished(folder)
+    assert load_run(folder).experiment.name == name
+    assert "train error" in result.stdout
+
+
+def test_an_evaluation_trains_the_run_it_needs_once_and_with_the_same_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    command = ("run", "svhn-evaluation", "--profile", "smoke")
+    seeds = ("--set", "seed=3", "--set", "corruption_seed=4")
+    first = call(*command, *seeds)
+    source = load_run(tmp_path / "runs" / "svhn-random-labels" / "smoke-seed3")
+    assert "evaluates runs/svhn-random-labels/smoke-seed3" in first.stderr
+    assert (source.experiment.seed, source.experiment.corruption_seed) == (3, 4)
+    again = call(*command, *seeds, "--out", "again")
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
+    assert f"{100 * source.history.last('train_error'):.1f} %" in first.stdout
+    assert load_run("again").experiment.run_folder == "runs/svhn-random-labels/smoke-seed3"
+    assert len(list(tmp_path.glob("runs/svhn-random-labels/*"))) == 1
 
 
 def test_a_finished_run_is_named_as_such_and_left_alone(tmp_path):
@@ -315,7 +335,7 @@ def test_a_run_without_epochs_ends_without_a_traceback(tmp_path):
 
 def test_commands_explain_themselves():
     assert isinstance(main, click.Group)
-    for command in ("list", "describe", "run"):
+    for command in main.commands:
         result = call(command, "-h")
         assert result.exit_code == 0
         assert main.commands[command].help.splitlines()[0] in result.stdout

@@ -7,7 +7,14 @@ from torch import nn
 from bnnlib.errors import InvalidValue
 from bnnlib.layers import BinaryLayer, binarize_parameters_, binary_layers
 from bnnlib.losses import squared_hinge_loss
-from bnnlib.models import ARCHITECTURES, Architecture, ParameterCount, binarynet, count_parameters
+from bnnlib.models import (
+    ARCHITECTURES,
+    Architecture,
+    ParameterCount,
+    binarynet,
+    count_parameters,
+    penalized_parameters,
+)
 
 # The published networks: shape of each latent weight and factor on its learning rate.
 CONVOLUTIONS = {
@@ -83,6 +90,47 @@ class TestPublishedNetworks:
     def test_zeros_pad_the_images(self, published):
         convolutions = [layer for layer in binary_layers(published[1]) if layer.weight.dim() == 4]
         assert [layer.pad_value for layer in convolutions] == [0] * 6
+
+    @pytest.mark.parametrize(("target", "prefix"), [("weights", "dense"), ("gamma", "norm")])
+    def test_a_penalty_reaches_the_three_dense_layers(self, published, target, prefix):
+        _, model = published
+        found = penalized_parameters(model, target)
+        expected = [model.get_submodule(f"{prefix}{number}").weight for number in (7, 8, 9)]
+        assert [id(p) for p in found] == [id(p) for p in expected]
+
+    def test_number_of_penalized_parameters(self, published):
+        name, model = published
+        inputs = {"cifar10": 8192, "svhn": 4096}[name]
+        counts = {
+            target: sum(p.numel() for p in penalized_parameters(model, target))
+            for target in ("nothing", "weights", "gamma")
+        }
+        dense = (inputs + 1024 + 10) * 1024
+        assert counts == {"nothing": 0, "weights": dense, "gamma": 1024 + 1024 + 10}
+
+
+def test_a_penalty_reaches_the_weights_of_the_twin():
+    twin = binarynet("small", generator=seeded(), width=0.1, binary=False)
+    found = penalized_parameters(twin, "weights")
+    expected = [twin.dense3.weight, twin.dense4.weight, twin.dense5.weight]
+    assert [id(p) for p in found] == [id(p) for p in expected]
+
+
+def test_unknown_target_of_a_penalty_is_refused():
+    with pytest.raises(InvalidValue, match="'weight'; did you mean 'weights'"):
+        penalized_parameters(binarynet("dense", generator=seeded()), "weight")
+
+
+def test_the_dense_network_has_17024_binary_weights_and_takes_8_x_8_images():
+    model = binarynet("dense", generator=seeded())
+    assert [tuple(layer.weight.shape) for layer in binary_layers(model)] == [
+        (64, 192),
+        (64, 64),
+        (10, 64),
+    ]
+    assert count_parameters(model).binary == 17_024
+    assert list(dict(model.named_children()))[:3] == ["flatten", "dense1", "norm1"]
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -192,6 +240,17 @@ def test_dropout_stands_between_dense_layer_and_norm(dropout, found):
         assert names[at - 1 : at + 2] == [f"dense{number}", name, f"norm{number}"]
 
 
+def test_dropout_after_the_activation_and_not_on_the_scores():
+    place = {"dropout": (0.25, 0.5), "dropout_position": "after_activation"}
+    model = binarynet("small", generator=seeded(), width=0.1, **place)
+    names = list(dict(model.named_children()))
+    for number, p in (("3", 0.25), ("4", 0.5)):
+        at = names.index(f"dropout{number}")
+        assert names[at - 2 : at + 1] == [f"norm{number}", f"act{number}", f"dropout{number}"]
+        assert model.get_submodule(f"dropout{number}").p == p
+    assert names[-1] == "norm5"
+
+
 def test_mode_of_the_weights_and_pad_value_reach_the_layers(tiny):
     model = binarynet(tiny, generator=seeded(), weights="real", pad_value=-1.0)
     assert {layer.mode for layer in binary_layers(model)} == {"real"}
@@ -214,7 +273,11 @@ def test_own_architecture_with_its_own_image_size_and_classes():
         ({"width": -1}, "width must be positive, got -1"),
         ({"dropout": (0.5, 1.0)}, "dropout.*got 1.0"),
         ({"dropout": (-0.5,)}, "dropout.*-0.5"),
-        ({"dropout": (0.1, 0.1, 0.1, 0.1)}, "dropout"),
+        ({"dropout": (0.1, 0.1, 0.1, 0.1)}, "more numbers than there are places"),
+        ({"dropout_position": "before"}, "did you mean 'before_norm'"),
+        ({"dropout_position": "after_activation", "dropout": (0.1,) * 3}, "more numbers than"),
+        ({"binary": False, "weights": "real"}, "settings of binary layers only"),
+        ({"binary": False, "pad_value": 1.0}, "settings of binary layers only"),
     ],
 )
 def test_bad_settings_are_refused(settings, text):

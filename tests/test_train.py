@@ -8,10 +8,12 @@ from torch import nn
 
 from bnnlib.batches import Batches
 from bnnlib.errors import InvalidValue
-from bnnlib.losses import error_rate
-from bnnlib.models import Architecture, binarynet
+from bnnlib.layers import evaluating, seed_layers
+from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
+from bnnlib.models import Architecture, binarynet, penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.train import (
+    EvaluationMode,
     History,
     describe_row,
     evaluate,
@@ -79,8 +81,12 @@ def test_unknown_schedule_is_refused_with_the_nearest():
 class Constant(nn.Module):
     """Predicts class 0, whatever it sees."""
 
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Parameter(torch.eye(4)[0])
+
     def forward(self, x):
-        return torch.eye(4)[0].expand(len(x), 4)
+        return self.scores.expand(len(x), 4)
 
 
 def test_errors_of_a_constant_prediction_by_class(noise):
@@ -91,28 +97,94 @@ def test_errors_of_a_constant_prediction_by_class(noise):
     assert result.class_errors[:2] == (0, 1)
     assert isnan(result.class_errors[2])  # no image of that class
     assert result.class_errors[3] == 1
+    assert result.mistakes.tolist() == [False] * 3 + [True] * 6
 
 
-@pytest.mark.parametrize("batch_size", [7, 60, 500])
-def test_class_errors_average_to_the_error_over_every_image(start, batch_size):
+@pytest.mark.parametrize("size", [7, 60, 500])
+def test_class_errors_average_to_the_error_over_every_image(start, size, monkeypatch):
+    monkeypatch.setattr("bnnlib.train.EVALUATION_BATCH", size)
     model, _, batches = start()
-    result = evaluate(model, batches, batch_size)
+    result = evaluate(model, batches)
     counts = torch.bincount(batches.labels, minlength=10).tolist()
     assert min(counts) > 0
     total = sum(e * n for e, n in zip(result.class_errors, counts, strict=True)) / 60
     assert result.error == pytest.approx(total)
+    assert result.error == result.mistakes.sum().item() / 60
     ((x, labels),) = batches.in_order(60)
     assert result.error == error_rate(model.eval()(x), labels)
 
 
+WAYS = [
+    EvaluationMode(weights, statistics, samples)
+    for weights in (None, "deterministic", "stochastic", "real")
+    for statistics in ("running", "batch")
+    for samples in (1, 3)
+]
+
+
+@pytest.fixture
+def sampled(tiny, noise):
+    """A network with stochastic weights and dropout that has seen a batch; 60 images."""
+    model = binarynet(tiny, generator=seeded(), weights="stochastic", dropout=(0.5,))
+    batches = Batches(noise(), 20)
+    seed_layers(model, 7)(next(batches.in_order())[0])
+    return model, batches
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_leaves_mode_weights_and_averages(start, training):
-    model, _, batches = start()
+@pytest.mark.parametrize("mode", [None, *WAYS], ids=str)
+def test_evaluation_leaves_mode_weights_averages_and_generator(sampled, mode, training):
+    model, batches = sampled
     model.train(training)
-    before = copy.deepcopy(model.state_dict())
-    evaluate(model, batches)
-    assert model.training is training
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    state, random = copy.deepcopy(model.state_dict()), model.conv1.generator.get_state()
+    first = evaluate(model, batches, mode)
+    assert {module.training for module in model.modules()} == {training}
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model.conv1.generator.get_state(), random)
+    assert torch.equal(evaluate(model, batches, mode).mistakes, first.mistakes)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_scores_of_several_samples_are_averaged(sampled, samples):
+    model, batches = sampled
+    ((x, labels),) = batches.in_order(60)
+    with evaluating(model, "stochastic", seed=5), torch.no_grad():
+        scores = torch.stack([model(x) for _ in range(samples)])
+    found = evaluate(model, batches, EvaluationMode("stochastic", samples=samples, seed=5))
+    assert torch.equal(found.mistakes, scores.mean(0).argmax(1) != labels)
+    other = evaluate(model, batches, EvaluationMode("stochastic", samples=samples, seed=6))
+    assert not torch.equal(found.mistakes, other.mistakes)
+
+
+def test_weights_to_test_with_are_signs_or_latent_ones(sampled):
+    model, batches = sampled
+    ((x, labels),) = batches.in_order(60)
+    found = {w: evaluate(model, batches, EvaluationMode(w)) for w in ("deterministic", "real")}
+    for weights, result in found.items():
+        own = copy.deepcopy(model).eval()
+        for layer in (own.conv1, own.conv2, own.dense3, own.dense4):
+            layer.mode = "real"
+            if weights == "deterministic":
+                layer.weight.data.copy_(torch.where(layer.weight >= 0, 1.0, -1.0))
+        assert torch.equal(result.mistakes, own(x).argmax(1) != labels)
+    assert not torch.equal(found["deterministic"].mistakes, found["real"].mistakes)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "sizes"),
+    [(60, 20, [20] * 3), (50, 20, [17, 17, 16]), (19, 20, [19])],
+)
+def test_with_statistics_of_the_batch_the_batches_are_nearly_equal(
+    tiny, noise, n, batch_size, sizes
+):
+    model, batches = binarynet(tiny, generator=seeded()), Batches(noise(n), batch_size)
+    trained, seen = copy.deepcopy(model), []
+    model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = evaluate(model, batches, EvaluationMode(statistics="batch"))
+    assert [len(x) for x in seen] == sizes
+    with torch.no_grad():  # in training it normalizes with the batch too
+        predicted = torch.cat([trained.train()(x).argmax(1) for x in seen])
+    assert torch.equal(found.mistakes, predicted != batches.labels)
 
 
 # --------------------------------------------------------------------------------- training
@@ -136,6 +208,31 @@ def test_a_loss_that_is_no_number_ends_the_training(start):
     nn.init.constant_(model.norm4.bias, nan)
     with pytest.raises(InvalidValue, match="loss became nan"):
         train_epoch(model, optimizer, batches, seeded())
+
+
+@pytest.mark.parametrize(("target", "kind"), [("weights", "dense"), ("gamma", "norm")])
+def test_a_penalty_adds_its_value_to_the_loss_and_twice_the_parameter_to_the_gradient(
+    start, target, kind
+):
+    model, optimizer, batches = start()
+    batches.batch_size = 60
+    plain = copy.deepcopy(model)
+    x, labels = next(batches.shuffled(seeded()))
+    loss = squared_hinge_loss(plain(x), labels)
+    loss.backward()
+    penalized = penalized_parameters(model, target)
+    found, _ = train_epoch(
+        model, optimizer, batches, seeded(), penalty=lambda: 0.01 * l2_penalty(penalized)
+    )
+    reached = {f"{kind}{number}.weight" for number in (3, 4)}
+    squares = sum(plain.get_parameter(name).square().sum() for name in reached)
+    assert found == pytest.approx((loss + 0.01 * squares).item(), rel=1e-6)
+    for (name, p), before in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if name in reached:
+            torch.testing.assert_close(p.grad, before.grad + 0.02 * before)
+            assert not torch.equal(p.grad, before.grad)
+        else:
+            assert torch.equal(p.grad, before.grad), name
 
 
 def test_a_small_network_memorizes_random_labels_and_learns_nothing_else(noise):
@@ -221,6 +318,39 @@ def test_evaluation_does_not_influence_the_training(start):
     assert all(map(torch.equal, often.state_dict().values(), rarely.state_dict().values()))
 
 
+def test_errors_are_those_of_the_mode_asked_for(start):
+    for mode in (EvaluationMode("real"), EvaluationMode("real", "batch")):
+        history, model = fitted(start, mode=mode)
+        found = evaluate(model, start()[2], mode)
+        assert history.last("train_error") == found.error
+        assert found.error != evaluate(model, start()[2]).error
+
+
+def test_a_penalty_reaches_every_epoch_and_nothing_is_no_penalty(start):
+    plain, none, some = (
+        fitted(start, penalty=penalty)[0]["train_loss"]
+        for penalty in (None, lambda: l2_penalty([]), lambda: torch.tensor(0.5))
+    )
+    assert none == plain
+    assert some == pytest.approx([loss + 0.5 for loss in plain])
+
+
+def test_a_measure_is_given_the_evaluations_and_adds_columns(start, noise):
+    given = []
+
+    def measure(model, results):
+        given.append({split: result.error for split, result in results.items()})
+        return {"wrong": results["train"].mistakes.sum().item()} if results else {"idle": 1.0}
+
+    history, _ = fitted(start, measure=measure, test=Batches(noise(30), 20), evaluate_every=2)
+    assert [list(errors) for errors in given] == [[], ["train", "test"], ["train", "test"]]
+    assert given[-1] == {s: history.last(f"{s}_error") for s in ("train", "test")}
+    assert history["wrong"][1:] == [round(60 * error) for error in history["train_error"][1:]]
+    assert isnan(history["wrong"][0])
+    assert history["idle"][0] == 1
+    assert all(map(isnan, history["idle"][1:]))
+
+
 def test_after_each_epoch_the_history_so_far_is_handed_out(start):
     lengths = []
     fitted(start, after_epoch=lambda history: lengths.append(len(history)))
@@ -240,6 +370,22 @@ def test_history_is_read_as_it_was_written(start, tmp_path):
         assert list(row.values()) == pytest.approx(list(saved.values()), rel=1e-8, nan_ok=True)
         assert isinstance(row["epoch"], int)
     assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_rows_of_different_columns_are_kept_with_gaps(tmp_path):
+    history = History([{"epoch": 1, "late": nan}, {"epoch": 2, "b": 0.5}, {"a": 3.0, "epoch": 3}])
+    assert history.columns == ["epoch", "late", "b", "a"]
+    history.save(tmp_path / "history.csv")
+    assert (tmp_path / "history.csv").read_text().split() == [
+        "epoch,late,b,a",
+        "1,,,",
+        "2,,0.5,",
+        "3,,,3",
+    ]
+    loaded = History.load(tmp_path / "history.csv")
+    assert loaded.columns == history.columns
+    for column in history.columns:
+        assert loaded[column] == pytest.approx(history[column], nan_ok=True)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

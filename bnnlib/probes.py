@@ -1,0 +1,156 @@
+"""What happens inside a network while it memorizes.
+
+In: a model, its evaluations, a history. Out: numbers, as columns of a `History` on request.
+Next file: `catalogue.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnnlib.batches import Batches, scale_pixels
+from bnnlib.data import ImageSet
+from bnnlib.errors import check_name
+from bnnlib.layers import binary_layers, evaluating
+from bnnlib.train import Evaluation, EvaluationMode, History, evaluate
+
+PROBES = ("flips", "saturation", "parts", "modes", "critical")
+CRITICAL_IMAGES = 64  # first training images, for the probe "critical"
+CRITICAL_RADIUS = 8 * 2 / 255  # eight grey levels, on the scale of [-1, 1]
+
+# Ways to test a network with latent weights. "real" is what the original's stochastic script for
+# CIFAR-10 does, "batch" what that for SVHN does.
+EVALUATION_MODES = {
+    "sign": EvaluationMode("deterministic"),
+    "real": EvaluationMode("real"),
+    "sample": EvaluationMode("stochastic"),
+    "mean10": EvaluationMode("stochastic", samples=10),
+    "batch": EvaluationMode("stochastic", "batch"),
+}
+
+
+def epochs_to_reach(
+    history: History, limits: Sequence[float] = (0.5, 0.1, 0.01), column: str = "train_error"
+) -> list[int | None]:
+    """The first evaluated epoch with an error of at most each limit; None where there is none."""
+    rows = list(zip(history["epoch"], history[column], strict=True))  # NaN <= limit is False
+    return [next((e for e, error in rows if error <= limit), None) for limit in limits]
+
+
+def binary_weights(model: nn.Module) -> dict[str, Tensor]:
+    """For each binary layer, by name, where its weight counts as +1: bool, the weight's shape."""
+    latent = set(binary_layers(model))
+    return {name: m.weight >= 0 for name, m in model.named_modules() if m in latent}
+
+
+def flip_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """Share of each layer's binary weights that differ between two `binary_weights`.
+
+    Helwegen et al. 2019 count flips in the same way, from step to step.
+    """
+    return {name: (before[name] ^ after[name]).double().mean().item() for name in after}
+
+
+@torch.no_grad()
+def saturation(model: nn.Module) -> dict[str, float]:
+    """Share of each layer's latent weights that lie at the clip, |W| = 1."""
+    latent = set(binary_layers(model))
+    at_clip = {name: m.weight.abs() >= 1 for name, m in model.named_modules() if m in latent}
+    return {name: mask.double().mean().item() for name, mask in at_clip.items()}
+
+
+def part_errors(evaluation: Evaluation, data: ImageSet) -> dict[str, float]:
+    """Errors on the images whose label is the true one and on those whose label is not.
+
+    NaN for a part without images. Source: Arpit et al. 2017, section 3.
+    """
+    corrupted, wrong = data.corrupted, evaluation.mistakes.double()
+    return {
+        "clean": wrong[~corrupted].mean().item(),
+        "corrupted": wrong[corrupted].mean().item(),
+    }
+
+
+@torch.inference_mode()
+def critical_sample_ratio(
+    model: nn.Module, x: Tensor, radius: float, steps: int = 20, *, generator: torch.Generator
+) -> float:
+    """Share of the inputs with another predicted class within `radius` in every pixel.
+
+    A search without gradients, because those of a sign are surrogates: each step moves all
+    pixels of an image by +-radius/2 at random, inside the box, and is kept where the score of
+    the predicted class loses ground against the best other one. A lower bound of the ratio.
+    In: x (N, 3, H, W) scaled, `radius` on the same scale, `generator` on the device of x.
+    Source: Arpit et al. 2017, section 4.2, who search with noisy gradients.
+    """
+    with evaluating(model, "deterministic"):  # else other samples would count as other classes
+        predicted = model(x).argmax(1)
+        shift, best = torch.zeros_like(x), _margin(model(x), predicted)
+        for _ in range(steps):
+            coin = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
+            proposal = (shift + (coin - 0.5) * radius).clamp(-radius, radius)
+            margin = _margin(model(x + proposal), predicted)
+            better = margin < best
+            shift[better], best[better] = proposal[better], margin[better]
+    return (best < 0).double().mean().item()
+
+
+def _margin(scores: Tensor, predicted: Tensor) -> Tensor:
+    """How far the predicted class is ahead of the best other one: (N, classes), (N,) -> (N,)."""
+    own = scores.gather(1, predicted[:, None])
+    others = scores.scatter(1, predicted[:, None], -torch.inf)
+    return own[:, 0] - others.amax(1)
+
+
+def mode_errors(model: nn.Module, batches: Mapping[str, Batches]) -> dict[str, float]:
+    """`SPLIT_error_MODE` for each of `EVALUATION_MODES` and each of the sets, by split."""
+    return {
+        f"{split}_error_{name}": evaluate(model, batches[split], mode).error
+        for split in batches
+        for name, mode in EVALUATION_MODES.items()
+    }
+
+
+class Recorder:
+    """Columns for the history of one run; called by `fit` after each epoch.
+
+    - "flips": `flips_LAYER`, `flip_ratio` between the epoch's start and end, each epoch.
+    - "saturation": `saturation_LAYER`, each epoch.
+    - "parts": `train_error_clean` and `train_error_corrupted`, see `part_errors`.
+    - "critical": `critical_sample_ratio` of the first training images.
+
+    The last two are computed when the errors are. Raises InvalidValue for an unknown name.
+    """
+
+    def __init__(self, names: Sequence[str], model: nn.Module, train: ImageSet, seed: int):
+        for name in names:
+            check_name("probe", name, PROBES)
+        self.names, self.train, self.seed = names, train, seed
+        self.signs = binary_weights(model)
+
+    def __call__(self, model: nn.Module, results: Mapping[str, Evaluation]) -> dict[str, float]:
+        """The columns of one epoch; `results` are its evaluations, none in most epochs."""
+        row = {}
+        if "flips" in self.names:
+            before, self.signs = self.signs, binary_weights(model)
+            row |= _prefixed("flips_", flip_ratio(before, self.signs))
+        if "saturation" in self.names:
+            row |= _prefixed("saturation_", saturation(model))
+        if not results:
+            return row
+        if "parts" in self.names:
+            row |= _prefixed("train_error_", part_errors(results["train"], self.train))
+        if "critical" in self.names:
+            row["critical_sample_ratio"] = self._critical(model)
+        return row
+
+    def _critical(self, model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        x = scale_pixels(self.train.at_most(CRITICAL_IMAGES).images.to(device))
+        generator = torch.Generator(device).manual_seed(self.seed)
+        return critical_sample_ratio(model, x, CRITICAL_RADIUS, generator=generator)
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in values.items()}

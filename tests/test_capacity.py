@@ -1,0 +1,144 @@
+import json
+from math import log2
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bnnlib import capacity
+from bnnlib.__main__ import main
+from bnnlib.capacity import load_grid, measure, measure_grid, mutual_information, points
+from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.experiments import CAPACITY, stored_runs
+
+TINY = points(widths=(0.0625,), sizes=(50, 100), seeds=(0,), steps=4)
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+# ------------------------------------------------------------------------- mutual information
+
+
+def entropies(predicted, labels):
+    """H(prediction) + H(label) - H(both), an independent way to the plug-in estimate."""
+
+    def entropy(values):
+        p = np.unique(values, return_counts=True, axis=0)[1] / len(values)
+        return -(p * np.log2(p)).sum()
+
+    pairs = np.stack([predicted, labels], axis=1)
+    return entropy(predicted) + entropy(labels) - entropy(pairs)
+
+
+def test_information_is_the_plug_in_estimate_less_its_bias():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=400)
+    predicted = np.where(rng.random(400) < 0.5, labels, rng.integers(4, size=400))
+    bias = (16 - 4 - 4 + 1) / (2 * 400 * np.log(2))  # every pair of the four classes occurs
+    expected = entropies(predicted, labels) - bias
+    found = mutual_information(torch.tensor(predicted), torch.tensor(labels), classes=4)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_all_labels_fitted_is_all_bits_and_never_more():
+    labels = torch.arange(10).repeat(100)
+    assert mutual_information(labels, labels) == log2(10)
+    assert mutual_information(9 - labels, labels) == log2(10)  # a known mistake tells as much
+
+
+def test_a_constant_prediction_tells_nothing():
+    labels = torch.arange(10).repeat(10)
+    assert mutual_information(torch.zeros_like(labels), labels) == 0
+
+
+def test_independent_predictions_tell_nearly_nothing():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [torch.randint(10, (2, 4000), generator=generator) for _ in range(20)]
+    bits = [4000 * mutual_information(*pair) for pair in pairs]
+    assert 0 <= np.mean(bits) < 10  # without the correction: about 58
+
+
+# --------------------------------------------------------------------------------- the grid
+
+
+def test_points_pair_each_binary_network_with_its_twin_at_equal_steps():
+    grid = points((0.5, 1.0), (1000, 250), (3, 4), steps=400)
+    assert len(grid) == 16
+    assert [e.n_train for e in grid] == [250] * 8 + [1000] * 8
+    assert {(e.n_train, e.epochs) for e in grid} == {(250, 80), (1000, 20)}
+    assert {(e.seed, e.data_seed) for e in grid} == {(3, 3), (4, 4)}
+    assert [e.binary for e in grid].count(False) == 8
+
+
+def test_a_row_counts_weights_and_bits():
+    row = measure(TINY[0], device="cpu")
+    hidden = 4
+    assert row["weights"] == 192 * hidden + hidden**2 + 10 * hidden
+    assert row["label_bits"] == 50 * log2(10)
+    assert 0 <= row["memorized_bits"] <= row["label_bits"]
+    assert 0 <= row["train_error"] <= 1
+
+
+def test_a_network_that_fits_all_its_labels_memorizes_all_bits():
+    (point,) = [e for e in points((1.0,), (50,), (0,), steps=150) if not e.binary]
+    row = measure(point, device="cpu")
+    assert row["train_error"] == 0
+    assert row["memorized_bits"] == pytest.approx(row["label_bits"], rel=0.05)
+
+
+def test_a_grid_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    whole = measure_grid(TINY, tmp_path / "whole", device="cpu")
+    measure_grid(TINY[:2], tmp_path / "half", device="cpu")
+    measured = []
+    monkeypatch.setattr(capacity, "measure", lambda e, d: measured.append(e) or measure(e, d))
+    rest = measure_grid(TINY, tmp_path / "half", device="cpu")
+    assert measured == TINY[2:]
+    assert [row["n_train"] for row in rest] == [50, 50, 100, 100]
+    for row, kept in zip(without_seconds(whole), without_seconds(rest), strict=True):
+        assert row == pytest.approx(kept, rel=1e-8)
+    assert without_seconds(load_grid(tmp_path / "half")) == without_seconds(
+        load_grid(tmp_path / "whole")
+    )
+
+
+def test_a_grid_is_no_run_and_says_what_it_is(tmp_path):
+    measure_grid(TINY[:1], tmp_path / "grid", device="cpu")
+    about = json.loads((tmp_path / "grid" / "grid.json").read_text())
+    assert about["experiment_sha256"] == CAPACITY.digest()
+    assert about["experiment"]["name"] == "capacity"
+    assert {"versions", "device", "threads"} <= set(about)
+    assert stored_runs(root=tmp_path) == []
+
+
+def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InvalidValue, match="holds no grid"):
+        measure_grid(TINY, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "grid.json").write_text('{"experiment_sha256": "another"}')
+    with pytest.raises(InvalidValue, match="grid of another experiment"):
+        measure_grid(TINY, tmp_path)
+    with pytest.raises(DataNotFound, match=r"no grid\.csv"):
+        load_grid(tmp_path)
+
+
+def test_the_stored_grid_is_whole():
+    rows = load_grid()
+    about = json.loads((capacity.STORED / "grid.json").read_text())
+    assert about["experiment_sha256"] == CAPACITY.digest()
+    expected = {(e.width, e.n_train, e.epochs, e.binary, e.seed) for e in points()}
+    assert {tuple(row[name] for name in capacity.KEY) for row in rows} == expected
+    assert len(rows) == len(expected)
+    assert all(0 <= row["memorized_bits"] <= row["label_bits"] * (1 + 1e-8) for row in rows)
+
+
+def test_the_command_measures_the_grid_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("bnnlib.__main__.points", lambda: TINY[:2])
+    out = tmp_path / "grid"
+    result = CliRunner().invoke(main, ["capacity", "--out", str(out), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"2 runs\n{out / 'grid.csv'}\n"
+    assert len(load_grid(out)) == 2

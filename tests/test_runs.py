@@ -1,0 +1,111 @@
+"""What a run leaves in its folder, and how it is found and read again."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from bnnlib.assembly import prepare_data
+from bnnlib.catalogue import reduced, smoke
+from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.experiments import evaluate_run
+from bnnlib.runs import is_finished, is_guessing, load_run, parameter_hash, profile_of, stored_runs
+from bnnlib.train import History
+from bnnlib.variants import named
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_the_record_says_what_a_reader_must_know(finished):
+    record = json.loads((finished.folder / "experiment.json").read_text())
+    assert record["experiment"] == json.loads(json.dumps(asdict(finished.experiment)))
+    assert set(record["versions"]) == {"bnnlib", "python", "torch", "numpy"}
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["images"] == {"train": 100, "test": 100}
+    assert record["seconds"] > 0
+    for split, data in prepare_data(finished.experiment).items():
+        assert record["label_sha256"][split] == data.label_hash()
+        assert record["corruptions"][split] == list(data.provenance)
+        assert record["image_sha256"][split] == data.image_hash()
+    assert record["experiment_sha256"] == finished.experiment.digest()
+    assert record["parameter_sha256"] == parameter_hash(finished.model)
+    assert {"device", "threads", "started"} <= set(record)
+
+
+def test_the_hash_of_the_parameters_changes_with_each_of_them(finished):
+    model = load_run(finished.folder).model
+    assert parameter_hash(model) == parameter_hash(finished.model)
+    hashes = {parameter_hash(model)}
+    for tensor in (model.conv1.weight, model.norm3.bias, model.norm1.running_inv_std):
+        tensor.data[0] += 0.5
+        hashes.add(parameter_hash(model))
+    assert len(hashes) == 4
+
+
+def test_a_run_is_read_as_it_was_kept(finished):
+    loaded = load_run(finished.folder)
+    assert loaded.experiment == finished.experiment
+    assert loaded.record == finished.record
+    assert same_weights(loaded.model, finished.model)
+    assert {split: y.tolist() for split, y in loaded.labels.items()} == {
+        split: y.tolist() for split, y in finished.labels.items()
+    }
+    for row, kept in zip(loaded.history.rows, finished.history.rows, strict=True):
+        assert row == pytest.approx(kept, rel=1e-8, nan_ok=True)
+    assert evaluate_run(loaded, rows=None) == evaluate_run(finished, rows=None)
+
+
+def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
+    assert not is_finished(tmp_path)
+    with pytest.raises(DataNotFound, match=r"no experiment\.json"):
+        load_run(tmp_path)
+
+
+def test_a_folder_without_a_history_cannot_be_loaded(folder):
+    (folder / "history.csv").unlink()
+    with pytest.raises(DataNotFound, match=r"history\.csv"):
+        load_run(folder)
+
+
+def test_a_record_with_an_unknown_field_is_refused(folder):
+    record = json.loads((folder / "experiment.json").read_text())
+    record["experiment"]["epoch"] = record["experiment"].pop("epochs")
+    (folder / "experiment.json").write_text(json.dumps(record))
+    with pytest.raises(InvalidValue, match="'epoch'; did you mean 'epochs'"):
+        load_run(folder)
+
+
+# --------------------------------------------------------------------- many runs, and in words
+
+
+@pytest.mark.parametrize(("error", "guessing"), [(0.9, True), (0.79, True), (0.77, False)])
+def test_a_guess_is_wrong_nine_times_in_ten_within_four_standard_deviations(
+    finished, error, guessing
+):
+    history = History([{"test_error": error}])  # 100 images: one standard deviation is 3 points
+    assert is_guessing(replace(finished, history=history)) is guessing
+
+
+def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "experiment.json").write_text('{"experiment": {}}')
+    found = stored_runs(root=tmp_path)
+    assert [r.folder for r in found] == [folder]
+    assert len(stored_runs("svhn-random-labels", tmp_path)) == 1
+    assert stored_runs("cifar10-dropout", tmp_path) == []
+    assert stored_runs(root=tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("profile", [smoke, reduced])
+@pytest.mark.parametrize("name", ["svhn-stochastic", "cifar10-noise-25", "svhn-evaluation"])
+def test_the_profile_of_an_experiment_is_found_whatever_its_seeds(name, profile):
+    e = profile(named(name))
+    seeds = {"seed": 3, "corruption_seed": 4, "data_seed": 5, "run_folder": "somewhere"}
+    assert profile_of(replace(e, **seeds)) == profile.__name__
+    assert profile_of(replace(e, width=0.3)) == "own"
+    assert profile_of(named(name)) == "full"
