@@ -4,7 +4,6 @@ In: a grid of runs on `patterns`, whose labels are drawn by lot. Out: one row fo
 as a table. Next file: `claims.py`.
 """
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.experiments import prepare_data, resolve_device, run
 from bnnlib.layers import evaluating
 from bnnlib.runs import RESULTS, environment, write_json
-from bnnlib.train import EVALUATION_BATCH, History, progress_style
+from bnnlib.train import EVALUATION_BATCH, History, progress_style, read_table
 from bnnlib.variants import CAPACITY
 
 STORED = RESULTS / "capacity"
@@ -141,7 +140,5 @@ def load_grid(folder: str | Path = STORED) -> list[Row]:
     path = Path(folder) / "grid.csv"
     if not path.is_file():
         raise DataNotFound(f"{path.parent} holds no grid: there is no grid.csv in it")
-    with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    whole = ("n_train", "seed", "weights")
+    whole, rows = ("n_train", "seed", "weights"), read_table(path)
     return [row | {"binary": row["binary"] == 1} | {k: int(row[k]) for k in whole} for row in rows]

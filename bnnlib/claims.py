@@ -14,7 +14,7 @@ from typing import Any
 
 from bnnlib.capacity import STORED, Row, load_grid
 from bnnlib.probes import epochs_to_reach
-from bnnlib.runs import Run, profile_of
+from bnnlib.runs import Run, distance_from_a_guess, profile_of
 from bnnlib.train import History
 
 Values = list[float]  # one for each seed
@@ -102,8 +102,7 @@ def largest_difference(first: Sequence[Run], second: Sequence[Run]) -> Values:
 
 def standard_deviations_from_a_guess(runs: Sequence[Run]) -> Values:
     """Distance of the last test error from 90 %, in standard deviations of a blind guess."""
-    errors = [(run.history.last("test_error"), run.record["images"]["test"]) for run in runs]
-    return [abs(error - 0.9) / (0.9 * 0.1 / n) ** 0.5 for error, n in errors]
+    return [distance_from_a_guess(run) for run in runs]
 
 
 # ---------------------------------------------------------------------- when a claim holds

@@ -38,10 +38,14 @@ def epochs_to_reach(
     return [next((e for e, error in rows if error <= limit), None) for limit in limits]
 
 
+def _latent_weights(model: nn.Module) -> dict[str, Tensor]:
+    latent = set(binary_layers(model))
+    return {name: m.weight.detach() for name, m in model.named_modules() if m in latent}
+
+
 def binary_weights(model: nn.Module) -> dict[str, Tensor]:
     """For each binary layer, by name, where its weight counts as +1: bool, the weight's shape."""
-    latent = set(binary_layers(model))
-    return {name: m.weight >= 0 for name, m in model.named_modules() if m in latent}
+    return {name: weight >= 0 for name, weight in _latent_weights(model).items()}
 
 
 def flip_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
@@ -49,15 +53,17 @@ def flip_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dic
 
     Helwegen et al. 2019 count flips in the same way, from step to step.
     """
-    return {name: (before[name] ^ after[name]).double().mean().item() for name in after}
+    return {name: _share(before[name] ^ after[name]) for name in after}
 
 
-@torch.no_grad()
 def saturation(model: nn.Module) -> dict[str, float]:
     """Share of each layer's latent weights that lie at the clip, |W| = 1."""
-    latent = set(binary_layers(model))
-    at_clip = {name: m.weight.abs() >= 1 for name, m in model.named_modules() if m in latent}
-    return {name: mask.double().mean().item() for name, mask in at_clip.items()}
+    return {name: _share(weight.abs() >= 1) for name, weight in _latent_weights(model).items()}
+
+
+def _share(mask: Tensor) -> float:
+    """How much of a bool tensor is True; NaN for an empty one."""
+    return mask.double().mean().item()
 
 
 def part_errors(evaluation: Evaluation, data: ImageSet) -> dict[str, float]:
@@ -65,11 +71,8 @@ def part_errors(evaluation: Evaluation, data: ImageSet) -> dict[str, float]:
 
     NaN for a part without images. Source: Arpit et al. 2017, section 3.
     """
-    corrupted, wrong = data.corrupted, evaluation.mistakes.double()
-    return {
-        "clean": wrong[~corrupted].mean().item(),
-        "corrupted": wrong[corrupted].mean().item(),
-    }
+    corrupted, wrong = data.corrupted, evaluation.mistakes
+    return {"clean": _share(wrong[~corrupted]), "corrupted": _share(wrong[corrupted])}
 
 
 @torch.inference_mode()
@@ -85,15 +88,16 @@ def critical_sample_ratio(
     Source: Arpit et al. 2017, section 4.2, who search with noisy gradients.
     """
     with evaluating(model, "deterministic"):  # else other samples would count as other classes
-        predicted = model(x).argmax(1)
-        shift, best = torch.zeros_like(x), _margin(model(x), predicted)
+        scores = model(x)
+        predicted = scores.argmax(1)
+        shift, best = torch.zeros_like(x), _margin(scores, predicted)
         for _ in range(steps):
             coin = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
             proposal = (shift + (coin - 0.5) * radius).clamp(-radius, radius)
             margin = _margin(model(x + proposal), predicted)
             better = margin < best
             shift[better], best[better] = proposal[better], margin[better]
-    return (best < 0).double().mean().item()
+    return _share(best < 0)
 
 
 def _margin(scores: Tensor, predicted: Tensor) -> Tensor:

@@ -208,10 +208,15 @@ def _test_error(history: History) -> float:
     return history.last("test_error") if "test_error" in history.columns else nan
 
 
-def is_guessing(finished: Run) -> bool:
-    """Whether the last test error is within four standard deviations of a blind guess's.
+def distance_from_a_guess(finished: Run) -> float:
+    """How far the last test error is from a blind guess's, in standard deviations of the guess.
 
     A guess among ten classes is wrong nine times in ten, with the binomial's spread.
     """
     spread = (0.9 * 0.1 / finished.record["images"]["test"]) ** 0.5
-    return abs(finished.history.last("test_error") - 0.9) < 4 * spread
+    return abs(finished.history.last("test_error") - 0.9) / spread
+
+
+def is_guessing(finished: Run) -> bool:
+    """Whether the last test error is within four standard deviations of a blind guess's."""
+    return distance_from_a_guess(finished) < 4

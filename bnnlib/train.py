@@ -127,6 +127,12 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     part.replace(path)
 
 
+def read_table(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers with a header; empty cells are NaN."""
+    with Path(path).open(newline="") as file:
+        return [{k: float(v) if v else nan for k, v in r.items()} for r in csv.DictReader(file)]
+
+
 @dataclass
 class History:
     """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
@@ -166,8 +172,7 @@ class History:
     @classmethod
     def load(cls, path: str | Path) -> "History":
         """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
-        with Path(path).open(newline="") as file:
-            rows = [{k: float(v) if v else nan for k, v in r.items()} for r in csv.DictReader(file)]
+        rows = read_table(path)
         for row in rows:
             row["epoch"] = int(row["epoch"])
         return cls(rows)
