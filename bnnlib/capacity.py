@@ -20,9 +20,11 @@ from bnnlib.batches import Batches
 from bnnlib.catalogue import Experiment
 from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.experiments import prepare_data, resolve_device, run
+from bnnlib.files import write_json
+from bnnlib.history import History, read_table
 from bnnlib.layers import evaluating
-from bnnlib.runs import RESULTS, environment, write_json
-from bnnlib.train import EVALUATION_BATCH, History, progress_style, read_table
+from bnnlib.runs import RESULTS, environment
+from bnnlib.train import EVALUATION_BATCH, progress_style
 from bnnlib.variants import CAPACITY
 
 STORED = RESULTS / "capacity"

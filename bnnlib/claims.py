@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bnnlib.capacity import STORED, Row, load_grid
+from bnnlib.history import History
 from bnnlib.probes import epochs_to_reach
 from bnnlib.runs import Run, distance_from_a_guess, profile_of
-from bnnlib.train import History
 
 Values = list[float]  # one for each seed
 Measure = Callable[..., Values]

@@ -1,6 +1,7 @@
-"""Errors a user can cause: each names the value, what was allowed and the nearest valid name.
+"""What can go wrong, by name; each text says what was found, what was allowed, and what to do.
 
-In: a bad value. Out: an exception whose text is enough to repair it. Next file: `drawing.py`.
+In: a bad value, a bad file, a full disk. Out: an exception whose text is enough to repair it.
+Next file: `files.py`.
 """
 
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from difflib import get_close_matches
 
 
 class BnnlibError(Exception):
-    """Base class of every error that `bnnlib` raises for bad input."""
+    """Base class of every error that `bnnlib` raises on purpose."""
 
 
 class InvalidValue(BnnlibError, ValueError):
@@ -16,7 +17,34 @@ class InvalidValue(BnnlibError, ValueError):
 
 
 class DataNotFound(BnnlibError, FileNotFoundError):
-    """A data set is not on disk; the message says where it was looked for."""
+    """A data set or a run is not on disk; the message says where it was looked for."""
+
+
+class DamagedFile(BnnlibError, ValueError):
+    """A file is truncated, altered, or not what its name says. It was not used, nor changed."""
+
+
+class FolderInUse(BnnlibError, FileExistsError):
+    """A folder holds something else, or another process is writing to it."""
+
+
+class CannotWrite(BnnlibError, OSError):
+    """A file could not be written, or would not fit; what lay there before still does."""
+
+
+class TooLarge(BnnlibError, MemoryError):
+    """What was asked for needs more memory than there is."""
+
+
+class NotFinite(BnnlibError, ArithmeticError):
+    """A number became NaN or infinite; the message says in which epoch, step and layer."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and has saved its state; the message says how to go on.
+
+    Like any interrupt it passes through `except Exception`.
+    """
 
 
 def nearest(value: object, allowed: Iterable[str]) -> str:

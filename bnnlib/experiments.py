@@ -29,6 +29,7 @@ from bnnlib.catalogue import (
 )
 from bnnlib.data import ImageSet
 from bnnlib.errors import InvalidValue
+from bnnlib.history import History
 from bnnlib.layers import binarize_parameters_
 from bnnlib.losses import error_rate, l2_penalty
 from bnnlib.models import penalized_parameters
@@ -50,7 +51,7 @@ from bnnlib.runs import (
     stored_runs,
     summary,
 )
-from bnnlib.train import EvaluationMode, History, fit, learning_rates
+from bnnlib.train import EvaluationMode, fit, learning_rates
 from bnnlib.variants import CAPACITY, VARIANTS, named
 
 __all__ = [

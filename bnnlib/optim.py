@@ -1,6 +1,6 @@
 """The original's Adam: a Glorot-scaled rate for each binary layer, then a clip to [-1, 1].
 
-In: a model with gradients. Out: its parameters, moved. Next file: `train.py`.
+In: a model with gradients. Out: its parameters, moved. Next file: `history.py`.
 """
 
 from collections.abc import Iterable

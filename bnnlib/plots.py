@@ -15,7 +15,7 @@ from torch import Tensor
 from bnnlib.batches import scale_pixels
 from bnnlib.data import ImageSet
 from bnnlib.errors import InvalidValue
-from bnnlib.train import History
+from bnnlib.history import History
 
 GREY = "#7a7a7a"  # readable on white and on the dark theme
 # Okabe and Ito's colours, which colour-blind readers can tell apart; those too dark or too

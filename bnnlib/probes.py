@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bnnlib.batches import Batches, scale_pixels
 from bnnlib.data import ImageSet
 from bnnlib.errors import check_name
+from bnnlib.history import History
 from bnnlib.layers import binary_layers, evaluating
-from bnnlib.train import Evaluation, EvaluationMode, History, evaluate
+from bnnlib.train import Evaluation, EvaluationMode, evaluate
 
 PROBES = ("flips", "saturation", "parts", "modes", "critical")
 CRITICAL_IMAGES = 64  # first training images, for the probe "critical"

@@ -23,7 +23,8 @@ from bnnlib.assembly import build_model
 from bnnlib.catalogue import PROFILES, Experiment, at_profile
 from bnnlib.data import ImageSet
 from bnnlib.errors import DataNotFound, InvalidValue, check_name
-from bnnlib.train import History, whole_or_absent
+from bnnlib.files import whole_or_absent, write_json
+from bnnlib.history import History
 from bnnlib.variants import named
 
 RESULTS = Path(__file__).parents[1] / "results"  # histories of long runs, in the repository
@@ -120,12 +121,6 @@ def close_folder(result: Run) -> None:
     result.record["seconds"] = round(sum(result.history["seconds"]), 3)
     content = {"experiment": asdict(result.experiment), **result.record}
     write_json(result.folder / "experiment.json", content)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    with whole_or_absent(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_model(model: nn.Module, path: Path) -> None:

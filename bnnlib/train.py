@@ -4,22 +4,20 @@ In: a model, an optimizer and batches. Out: the model, trained in place, and its
 Next file: `probes.py`.
 """
 
-import csv
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, isfinite, isnan, nan
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnnlib.batches import Batches
-from bnnlib.errors import InvalidValue, check_name, unknown_name
+from bnnlib.errors import InvalidValue, check_name
+from bnnlib.history import History
 from bnnlib.layers import evaluating
 from bnnlib.losses import mistakes, squared_hinge_loss
 
@@ -119,71 +117,7 @@ def train_epoch(
     return loss, torch.cat(wrong).cpu().double().mean().item()
 
 
-@contextmanager
-def whole_or_absent(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the `with` block has ended without an error."""
-    part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
-
-
-def read_table(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a CSV file of numbers with a header; empty cells are NaN."""
-    with Path(path).open(newline="") as file:
-        return [{k: float(v) if v else nan for k, v in r.items()} for r in csv.DictReader(file)]
-
-
-@dataclass
-class History:
-    """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
-
-    Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
-    they were fitted; the other errors are those of the model after the epoch, and NaN in
-    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
-    """
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, column: str) -> list[float]:
-        """One column, a value for each epoch; an unknown name is an InvalidValue."""
-        if self.rows and column not in self.columns:
-            raise unknown_name("history column", column, self.columns)
-        return [row.get(column, nan) for row in self.rows]
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of all columns, in the order in which they first appear."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
-
-    def last(self, column: str) -> float:
-        """The value after the last epoch."""
-        return self[column][-1]
-
-    def save(self, path: str | Path) -> None:
-        """Write a CSV file with a header, whole or not at all."""
-        with whole_or_absent(Path(path)) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.columns)
-            writer.writeheader()
-            writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "History":
-        """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
-        rows = read_table(path)
-        for row in rows:
-            row["epoch"] = int(row["epoch"])
-        return cls(rows)
-
-
 Measure = Callable[[nn.Module, Mapping[str, Evaluation]], dict[str, float]]
-
-
-def _cell(value: float) -> str:
-    """Nine significant digits at most; nothing for NaN."""
-    return "" if isnan(value) else f"{value:.9g}"
 
 
 def fit(

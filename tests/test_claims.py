@@ -20,7 +20,7 @@ from bnnlib.claims import (
     steepest,
 )
 from bnnlib.experiments import Run, named, reduced, stored_runs
-from bnnlib.train import History
+from bnnlib.history import History
 
 
 def made(name="svhn-random-labels", seed=0, rows=(), **row):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from bnnlib.batches import scale_pixels
 from bnnlib.corruption import gaussian_inputs
 from bnnlib.errors import InvalidValue
+from bnnlib.history import History
 from bnnlib.plots import (
     plot_class_errors,
     plot_errors,
@@ -21,7 +22,6 @@ from bnnlib.plots import (
     use_book_style,
 )
 from bnnlib.quantizers import binary_sigmoid, binary_tanh
-from bnnlib.train import History
 
 HISTORY = History(
     [

@@ -8,6 +8,7 @@ from torch import nn
 from bnnlib.batches import Batches
 from bnnlib.corruption import random_labels
 from bnnlib.errors import InvalidValue
+from bnnlib.history import History
 from bnnlib.layers import binarize_parameters_, seed_layers
 from bnnlib.models import binarynet
 from bnnlib.probes import (
@@ -22,7 +23,7 @@ from bnnlib.probes import (
     part_errors,
     saturation,
 )
-from bnnlib.train import Evaluation, EvaluationMode, History, evaluate
+from bnnlib.train import Evaluation, EvaluationMode, evaluate
 
 LAYERS = ("conv1", "conv2", "dense3", "dense4")
 

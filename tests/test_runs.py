@@ -11,8 +11,8 @@ from bnnlib.assembly import prepare_data
 from bnnlib.catalogue import reduced, smoke
 from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.experiments import evaluate_run
+from bnnlib.history import History
 from bnnlib.runs import is_finished, is_guessing, load_run, parameter_hash, profile_of, stored_runs
-from bnnlib.train import History
 from bnnlib.variants import named
 
 

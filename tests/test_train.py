@@ -8,19 +8,19 @@ from torch import nn
 
 from bnnlib.batches import Batches
 from bnnlib.errors import InvalidValue
+from bnnlib.files import whole_or_absent
+from bnnlib.history import History
 from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet, penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.train import (
     EvaluationMode,
-    History,
     describe_row,
     evaluate,
     fit,
     learning_rates,
     train_epoch,
-    whole_or_absent,
 )
 
 

@@ -1,0 +1,289 @@
+"""Files that are written whole or not at all, and read without being trusted.
+
+In: a path. Out: JSON, arrays and tensors whose form was checked before anything was built from
+them; nothing is ever unpickled. Next file: `drawing.py`.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from lzma import LZMAError
+from math import prod
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+import numpy as np
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, TooLarge
+
+LOCK = ".lock"
+MAX_JSON = 64 * 2**20  # bytes; ours are a few kilobytes, those of long histories a few megabytes
+
+# What NumPy and zipfile raise for files that are not what they should be.
+_BAD_ARRAYS = (ValueError, OSError, EOFError, RuntimeError, LookupError, OverflowError)
+_BAD_ARCHIVES = (BadZipFile, zlib.error, LZMAError, struct.error, SyntaxError, TypeError)
+
+
+# ----------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def whole_or_absent(path: str | Path) -> Iterator[Path]:
+    """A path to write to; renamed to `path`, flushed to disk, when the block has ended well.
+
+    At any moment, a power cut included, `path` is the old file or the whole new one. Raises
+    CannotWrite where the disk is full or the folder cannot be written to.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.unlink(missing_ok=True)  # never write through a link that lies in its place
+        part.touch(exist_ok=False)
+        yield part
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(f"{path} cannot be written: {reason}") from error
+    finally:
+        _remove(part)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX can open a folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # it is incomplete and never read; the first error is the one to report
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with whole_or_absent(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors by name, and texts beside them, as a safetensors file, whole or not at all."""
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with whole_or_absent(path) as part:
+        save_file(ready, part, dict(metadata) if metadata else None)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"{folder} cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside the `with` block no other process has this folder; the lock dies with its holder.
+
+    Raises FolderInUse at once where another process holds it.
+    """
+    path = folder / LOCK
+    if path.is_symlink():
+        raise DamagedFile(f"{path} is a link; remove it")
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FolderInUse(
+            f"another process is writing to {folder}; wait for it, or stop it"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise CannotWrite(f"{path} cannot be locked: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_free_disk(folder: Path, needed: int) -> None:
+    """Raise CannotWrite where the disk of an existing `folder` has fewer than `needed` bytes."""
+    free = psutil.disk_usage(str(folder)).free
+    if free < needed:
+        raise CannotWrite(
+            f"{folder} needs about {in_words(needed)} of disk, {in_words(free)} are free; "
+            "free some, or choose a folder on another disk"
+        )
+
+
+def in_words(size: int) -> str:
+    """A number of bytes for people: `in_words(1_500_000)` is '1.5 MB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+# ----------------------------------------------------------------------------------- reading
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(text: str, source: object) -> dict[str, Any]:
+    """The object that a JSON text describes; `source` names the text in errors.
+
+    Raises DamagedFile for anything else, NaN and infinity (which JSON lacks) included.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    if len(text) > MAX_JSON:
+        raise DamagedFile(f"{source} is longer than {in_words(MAX_JSON)}")
+    try:
+        content = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{source} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{source} holds no JSON object")
+    return content
+
+
+def read_text(path: str | Path, limit: int = MAX_JSON) -> str:
+    """A UTF-8 file of at most `limit` bytes; raises DamagedFile for another."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise DamagedFile(f"{path} is longer than {in_words(limit)}")
+        return content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedFile(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; raises DamagedFile for anything else."""
+    return parse_json(read_text(path), path)
+
+
+Form = tuple[tuple[int, ...], torch.dtype]  # what a tensor must be: shape and type
+
+
+def read_tensors(path: str | Path, expected: Mapping[str, Form]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must be exactly the `expected` ones.
+
+    Names, shapes and types are compared with the file's header before any tensor is read.
+    Raises DamagedFile with all differences.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_header(path, file, expected)
+            return {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in a safetensors file's header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    """Shape and type of each tensor."""
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+# The types that we write, as a header names them.
+_TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _check_header(path: str | Path, file: Any, expected: Mapping[str, Form]) -> None:
+    found = {}
+    for name in file.keys():  # noqa: SIM118 - not a dict
+        part = file.get_slice(name)
+        found[name] = (tuple(part.get_shape()), _TYPES.get(part.get_dtype(), part.get_dtype()))
+    wrong = [f"no {name}" for name in expected if name not in found]
+    wrong += [f"unknown {name}" for name in found if name not in expected]
+    wrong += [
+        f"{name} is {found[name][1]} {found[name][0]}, not {form[1]} {form[0]}"
+        for name, form in expected.items()
+        if name in found and found[name] != form
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise DamagedFile(f"{path} does not hold the tensors it should: {shown}")
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file, by name. Nothing in it is unpickled.
+
+    Every header is compared with the size of its data before memory is taken. Raises
+    DamagedFile for other files and arrays of objects, TooLarge for what does not fit.
+    """
+    try:
+        with ZipFile(path) as archive:
+            _check_members(path, archive)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (*_BAD_ARRAYS, *_BAD_ARCHIVES) as error:
+        raise DamagedFile(f"{path} is not a .npz file of plain arrays: {error}") from error
+    except MemoryError as error:
+        raise TooLarge(f"{path} does not fit into memory") from error
+
+
+def _check_members(path: str | Path, archive: ZipFile) -> None:
+    members = archive.infolist()
+    total, free = sum(m.file_size for m in members), psutil.virtual_memory().available
+    if total > free:
+        raise TooLarge(f"{path} unpacks to {in_words(total)}, {in_words(free)} of memory are free")
+    for member in members:
+        _check_member(archive, member)
+
+
+def _check_member(archive: ZipFile, member: ZipInfo) -> None:
+    """Raise ValueError unless a member is one plain array that fills it exactly."""
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"{member.filename} has the unknown version {version}")
+        shape, _, dtype = readers[version](file)
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds Python objects, which are never read")
+        size = file.tell() + prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != member.file_size:
+            raise ValueError(f"{member.filename} says {shape} of {dtype}, which is not its size")

@@ -1,0 +1,80 @@
+"""What happened in each epoch, as a table that a CSV file keeps.
+
+In: one dict of numbers an epoch. Out: columns, and a file. Next file: `train.py`.
+"""
+
+import csv
+import io
+from dataclasses import dataclass, field
+from math import isfinite, isnan, nan
+from pathlib import Path
+
+from bnnlib.errors import DamagedFile, unknown_name
+from bnnlib.files import read_text, whole_or_absent
+
+
+def read_table(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers with a header; empty cells are NaN.
+
+    Raises DamagedFile where a row is longer or shorter than the header, or no row of numbers.
+    """
+    try:
+        header, *rows = list(csv.reader(io.StringIO(read_text(path), newline=""))) or [[]]
+        if len(set(header)) < len(header):
+            raise ValueError("two columns have one name")
+        cells = [zip(header, row, strict=True) for row in rows]
+        return [{name: float(cell) if cell else nan for name, cell in row} for row in cells]
+    except (csv.Error, ValueError) as error:
+        raise DamagedFile(f"{path} is not a table of numbers: {error}") from error
+
+
+def _cell(value: float) -> str:
+    """Nine significant digits at most; nothing for NaN."""
+    return "" if isnan(value) else f"{value:.9g}"
+
+
+@dataclass
+class History:
+    """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
+
+    Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
+    they were fitted; the other errors are those of the model after the epoch, and NaN in
+    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[float]:
+        """One column, a value for each epoch; an unknown name is an InvalidValue."""
+        if self.rows and column not in self.columns:
+            raise unknown_name("history column", column, self.columns)
+        return [row.get(column, nan) for row in self.rows]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def last(self, column: str) -> float:
+        """The value after the last epoch."""
+        return self[column][-1]
+
+    def save(self, path: str | Path) -> None:
+        """Write a CSV file with a header, whole or not at all."""
+        with whole_or_absent(Path(path)) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.columns)
+            writer.writeheader()
+            writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "History":
+        """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
+        rows = read_table(path)
+        for row in rows:
+            if not isfinite(row.get("epoch", nan)):
+                raise DamagedFile(f"{path} is no history: a row has no epoch")
+            row["epoch"] = int(row["epoch"])
+        return cls(rows)
