@@ -1,7 +1,9 @@
 """`python -m bnnlib`: list the experiments, describe one, run one."""
 
 import json
+import shlex
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import NoneType
@@ -10,14 +12,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 import click
 
 from bnnlib.capacity import measure_grid, points
-from bnnlib.errors import BnnlibError, InvalidValue, check_name
+from bnnlib.errors import BnnlibError, Interrupted, InvalidValue, check_name
 from bnnlib.experiments import (
     PROFILES,
     PUBLISHED,
     VARIANTS,
     Experiment,
     at_profile,
-    is_finished,
     named,
     run,
 )
@@ -79,14 +80,25 @@ class Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                return super().invoke(context)
         except InvalidValue as error:
             raise click.UsageError(str(error)) from None
         except BnnlibError as error:
             raise click.ClickException(str(error)) from None
+        except Interrupted as interrupt:
+            same = shlex.join(["python", "-m", "bnnlib", *sys.argv[1:]])
+            click.echo(f"{interrupt}\nto go on: {same}", err=True)
+            sys.exit(130)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """A warning in one line, without the line of code that gave it."""
+    click.echo(f"Warning: {message}", err=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -125,16 +137,32 @@ def describe(name: str, profile: str) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the real data sets.")
 @click.option("--download", is_flag=True, help="Fetch a real data set that is not there.")
-def run_experiment(name, profile, out, settings, device, data, download) -> None:
-    """Run one experiment and keep it in a folder."""
+@click.option(
+    "--checkpoint-every",
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="Least time between two saves of the state.",
+)
+def run_experiment(name, profile, out, settings, device, data, download, checkpoint_every) -> None:
+    """Run one experiment and keep it in a folder; an unfinished run there goes on.
+
+    Ctrl-C once, or SIGTERM: finish the step, save, stop with status 130. Twice: stop now.
+    """
     experiment = with_settings(at_profile(named(name), profile), settings)
     out = out or default_folder(experiment, profile)
+    how = {
+        "device": device,
+        "root": data,
+        "download": download,
+        "checkpoint_every": checkpoint_every,
+    }
     if experiment.evaluates and not experiment.run_folder:
-        experiment = _with_run_to_evaluate(experiment, profile, device, data, download)
-    note = " was finished before and is not run again" if is_finished(out) else ""
-    result = run(experiment, out, device=device, root=data, download=download)
+        experiment = _with_run_to_evaluate(experiment, profile, how)
+    result = run(experiment, out, **how)
     last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
-    click.echo(f"{last}\n{out}{note}")
+    click.echo(f"{last}\n{out}")
 
 
 @main.command()
@@ -151,13 +179,13 @@ def default_folder(experiment: Experiment, profile: str) -> Path:
     return Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
 
 
-def _with_run_to_evaluate(e: Experiment, profile, device, data, download) -> Experiment:
+def _with_run_to_evaluate(e: Experiment, profile: str, how: dict[str, Any]) -> Experiment:
     """`e` with the folder of the run it evaluates, which is trained first if it is not there."""
     seeds = {"seed": e.seed, "corruption_seed": e.corruption_seed, "data_seed": e.data_seed}
     source = replace(at_profile(named(e.evaluates), profile), dataset=e.dataset, **seeds)
     folder = default_folder(source, profile)
     click.echo(f"{e.name} evaluates {folder}", err=True)
-    run(source, folder, device=device, root=data, download=download)
+    run(source, folder, **how)
     return replace(e, run_folder=str(folder))
 
 

@@ -1,6 +1,6 @@
 """From an experiment to its data and its model; every random act has a seed of its own.
 
-In: an `Experiment`. Out: image sets, a network, a device. Next file: `runs.py`.
+In: an `Experiment`. Out: image sets, a network, a device. Next file: `interrupts.py`.
 """
 
 import zlib
@@ -14,6 +14,7 @@ from bnnlib.catalogue import Experiment
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
 from bnnlib.data import DRAWN, ImageSet, load
 from bnnlib.errors import InvalidValue
+from bnnlib.files import Form, forms
 from bnnlib.layers import seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
 
@@ -93,3 +94,12 @@ def build_model(experiment: Experiment, device: torch.device | str = "cpu") -> n
     )
     model = model.to(device, memory_format=torch.channels_last)
     return seed_layers(model, stream(e.seed, "random layers"))
+
+
+def model_forms(experiment: Experiment) -> dict[str, Form]:
+    """Shape and type of every parameter and average of the experiment's network."""
+    return forms(build_model(experiment).state_dict())
+
+
+def check_memory(experiment: Experiment, device: torch.device) -> None:
+    """Nothing yet."""

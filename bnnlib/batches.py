@@ -52,17 +52,19 @@ class Batches:
         """Images in the set."""
         return len(self.labels)
 
-    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of full batches in a new random order; what is left over is dropped.
+    def shuffled(
+        self, generator: torch.Generator, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of full batches in a new random order, without its first `skip`.
 
-        The original drops it too, by Python 2's integer division
-        (`binary_net_random_labels.py:282`). `generator` is a CPU generator, so the order is
-        the same on every device.
+        Images that are left over are dropped. The original drops them too, by Python 2's
+        integer division (`binary_net_random_labels.py:282`). `generator` is a CPU generator,
+        so the order is the same on every device.
         """
         check_fills_batch(len(self), self.batch_size)
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         full = len(self) - len(self) % self.batch_size
-        for index in order[:full].split(self.batch_size):
+        for index in order[:full].split(self.batch_size)[skip:]:
             yield self._take(index)
 
     def in_order(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,9 +21,10 @@ from bnnlib.catalogue import Experiment
 from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.experiments import prepare_data, resolve_device, run
 from bnnlib.files import write_json
+from bnnlib.folders import RESULTS
 from bnnlib.history import History, read_table
 from bnnlib.layers import evaluating
-from bnnlib.runs import RESULTS, environment
+from bnnlib.runs import environment
 from bnnlib.train import EVALUATION_BATCH, progress_style
 from bnnlib.variants import CAPACITY
 

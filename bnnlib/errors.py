@@ -40,6 +40,10 @@ class NotFinite(BnnlibError, ArithmeticError):
     """A number became NaN or infinite; the message says in which epoch, step and layer."""
 
 
+class BnnlibWarning(UserWarning):
+    """Something that a user should know, and that was dealt with."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and has saved its state; the message says how to go on.
 

@@ -5,14 +5,22 @@ In: an `Experiment`. Out: a `Run`. The names of `catalogue.py`, `variants.py`, `
 Next file: `capacity.py`.
 """
 
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from bnnlib.assembly import build_model, check_size, prepare_data, resolve_device, stream
+from bnnlib.assembly import (
+    build_model,
+    check_memory,
+    check_size,
+    prepare_data,
+    resolve_device,
+    stream,
+)
 from bnnlib.batches import Batches, check_fills_batch
 from bnnlib.catalogue import (
     EVERY_SPLIT,
@@ -27,31 +35,38 @@ from bnnlib.catalogue import (
     reduced,
     smoke,
 )
+from bnnlib.checkpoints import Checkpoints, Training
 from bnnlib.data import ImageSet
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import Interrupted, InvalidValue
+from bnnlib.files import check_free_disk, locked, make_folder, write_tensors
+from bnnlib.folders import (
+    HISTORY,
+    PARAMETERS,
+    RESULTS,
+    begin_folder,
+    check_folder,
+    close_folder,
+    is_finished,
+    load_run,
+    stored_runs,
+)
 from bnnlib.history import History
+from bnnlib.interrupts import deferred_interrupts
 from bnnlib.layers import binarize_parameters_
 from bnnlib.losses import error_rate, l2_penalty
 from bnnlib.models import penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.probes import Recorder, mode_errors
 from bnnlib.runs import (
-    RESULTS,
     Run,
-    close_folder,
     describe,
     environment,
-    is_finished,
     is_guessing,
-    load_run,
-    open_folder,
     parameter_hash,
     profile_of,
-    save_model,
-    stored_runs,
     summary,
 )
-from bnnlib.train import EvaluationMode, fit, learning_rates
+from bnnlib.train import EvaluationMode, fit, learning_rates, progress_style
 from bnnlib.variants import CAPACITY, VARIANTS, named
 
 __all__ = [
@@ -94,20 +109,29 @@ def run(
     root: str | Path | None = None,
     download: bool = False,
     progress: str = "auto",
+    checkpoint_every: float = 300.0,
 ) -> Run:
     """Train as `experiment` says and, where `out` is given, keep everything in that folder.
 
-    The folder holds `experiment.json` (the experiment, versions, device, label hashes),
-    `history.csv` (after every epoch), `labels.npz` and `parameters.safetensors`. A folder
-    that holds a finished run of the same experiment is read instead; nothing is ever
-    overwritten. `root` and `download` are those of `data.load`.
+    The folder holds `experiment.json` (the experiment, versions, device, hashes),
+    `history.csv` (after every epoch), `labels.npz`, `parameters.safetensors` and, until the
+    run is finished, its last two checkpoints, saved every `checkpoint_every` seconds. A folder
+    with an unfinished run of the same experiment is continued, one with a finished run is
+    read and left alone; nothing else is ever written to. `root` and `download` are those of
+    `data.load`.
 
-    Raises InvalidValue for a folder that is in use and DataNotFound for missing data.
+    With a folder, a first Ctrl-C or SIGTERM finishes the step, saves, and raises
+    Interrupted. Raises InvalidValue for a folder with another experiment, FolderInUse for
+    one in use, DataNotFound for missing data, CannotWrite where the disk is full and
+    NotFinite where the numbers are no longer finite; the last good checkpoint is kept.
     """
-    where = resolve_device(device)
+    where, style = resolve_device(device), progress_style(progress)
+    check_memory(experiment, where)
     folder = None if out is None else Path(out)
-    if folder and is_finished(folder):
-        return _finished(experiment, folder)
+    if folder:
+        check_folder(folder, experiment)
+        if is_finished(folder):
+            return _finished(folder, style)
     if experiment.evaluates:
         return _run_evaluation(experiment, folder, root)
     sets = prepare_data(experiment, root, download)
@@ -115,33 +139,90 @@ def run(
     check_size(experiment.network, sets["train"])
     record = describe(experiment, sets, where)
     labels = {split: data.labels for split, data in sets.items()}
-    if folder:
-        open_folder(folder, experiment, record, labels)
-    model, history = _train(experiment, sets, where, progress, folder)
-    result = Run(experiment, history, record, model, labels, folder)
-    record["parameter_sha256"] = parameter_hash(model)
-    if folder:
-        save_model(model, folder / "parameters.safetensors")
-        close_folder(result)
+    result = Run(experiment, History(), record, None, labels, folder)
+    if folder is None:
+        return _train(result, sets, where, style)
+    make_folder(folder)
+    with locked(folder):
+        check_folder(folder, experiment)  # as it is by now
+        if not is_finished(folder):
+            begin_folder(folder, experiment, record, labels)
+            return _train_in_folder(result, sets, where, style, checkpoint_every)
+    return _finished(folder, style)
+
+
+def _finished(folder: Path, style: str) -> Run:
+    if style != "none":
+        print(f"{folder} holds this run, finished; nothing is run again", file=sys.stderr)
+    return load_run(folder)
+
+
+Sets = dict[str, ImageSet]
+
+
+def _train(result: Run, sets: Sets, device: torch.device, style: str) -> Run:
+    training = _training(result.experiment, sets["train"], device)
+    _fit(result, training, sets, device, style)
     return result
 
 
-def _train(
-    e: Experiment,
-    sets: dict[str, ImageSet],
-    device: torch.device,
-    progress: str,
-    folder: Path | None,
-) -> tuple[nn.Module, History]:
+def _train_in_folder(
+    result: Run, sets: Sets, device: torch.device, style: str, every: float
+) -> Run:
+    training = _training(result.experiment, sets["train"], device)
+    checkpoints = Checkpoints(result.folder, training, every)
+    if checkpoints.restore() and style != "none":
+        print(f"{result.folder} goes on after {training.position.text}", file=sys.stderr)
+    check_free_disk(result.folder, checkpoints.needed)
+    with deferred_interrupts() as stop_here:
+
+        def after_step() -> None:
+            stop_here()
+            checkpoints.save_if_due()
+
+        try:
+            _fit(result, training, sets, device, style, after_step, stop_here)
+        except Interrupted as interrupt:
+            checkpoints.save()
+            here = f"{training.position.text}, saved in {result.folder}"
+            raise Interrupted(f"{interrupt} after {here}; the same run goes on there") from None
+    write_tensors(result.folder / PARAMETERS, result.model.state_dict())
+    close_folder(result)
+    checkpoints.remove()
+    return result
+
+
+def _training(e: Experiment, train: ImageSet, device: torch.device) -> Training:
+    """A network before its first step."""
     model = build_model(e, device)
+    return Training(
+        e.digest(),
+        model,
+        BinaryAdam(parameter_groups(model), lr=e.lr_start),
+        torch.Generator().manual_seed(stream(e.seed, "order of batches")),
+        Recorder(e.probes, model, train, stream(e.seed, "probes")),
+    )
+
+
+def _fit(
+    result: Run,
+    training: Training,
+    sets: Sets,
+    device: torch.device,
+    style: str,
+    after_step: Callable[[], object] = lambda: None,
+    after_batch: Callable[[], object] = lambda: None,
+) -> None:
+    """Train to the end and write model, history and hash into `result`."""
+    e, model, folder = result.experiment, training.model, result.folder
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
     penalized = penalized_parameters(model, e.l2_target)
     history = fit(
         model,
-        BinaryAdam(parameter_groups(model), lr=e.lr_start),
+        training.optimizer,
         **batches,
         rates=learning_rates(e.schedule, e.lr_start, e.lr_final, e.epochs),
-        generator=torch.Generator().manual_seed(stream(e.seed, "order of batches")),
+        generator=training.order,
         evaluate_every=e.evaluate_every,
         mode=EvaluationMode(
             e.evaluation_weights,
@@ -150,26 +231,17 @@ def _train(
             stream(e.seed, "evaluation"),
         ),
         penalty=(lambda: e.l2 * l2_penalty(penalized)) if e.l2 else None,
-        measure=Recorder(e.probes, model, sets["train"], stream(e.seed, "probes")),
-        progress=progress,
-        after_epoch=None if folder is None else lambda h: h.save(folder / "history.csv"),
+        measure=training.recorder,
+        progress=style,
+        position=training.position,
+        after_step=after_step,
+        after_batch=after_batch,
+        after_epoch=lambda h: h.save(folder / HISTORY) if folder else None,
     )
     if "modes" in e.probes and len(history):
-        history.rows[-1] |= mode_errors(model, batches)
-    return model, history
-
-
-def _finished(experiment: Experiment, folder: Path) -> Run:
-    found = load_run(folder)
-    there, asked = found.experiment.decisive(), experiment.decisive()
-    differing = [
-        f"{field} ({there[field]!r} there, {asked[field]!r} asked for)"
-        for field in there
-        if there[field] != asked[field]
-    ]
-    if differing:
-        raise InvalidValue(f"{folder} holds another experiment: {', '.join(differing)}")
-    return found
+        history.rows[-1] |= mode_errors(model, batches, after_batch)
+    result.model, result.history = model, history
+    result.record["parameter_sha256"] = parameter_hash(model)
 
 
 # -------------------------------------------------------------- evaluating a saved memorizer
@@ -226,10 +298,13 @@ def _run_evaluation(e: Experiment, folder: Path | None, root: str | Path | None)
     error = evaluate_run(source, e.evaluation_rows, root)
     row = {"epoch": len(source.history), "train_error": error}
     history = History([row | {"seconds": time.perf_counter() - start}])
-    record = {k: v for k, v in source.record.items() if k != "seconds"}
+    left_out = ("seconds", "history_sha256", "continued")
+    record = {k: v for k, v in source.record.items() if k not in left_out}
     record |= {"experiment_sha256": e.digest(), **environment(torch.device("cpu"))}
     result = Run(e, history, record, folder=folder)
     if folder:
-        open_folder(folder, e, record, source.labels)
-        close_folder(result)
+        make_folder(folder)
+        with locked(folder):
+            begin_folder(folder, e, record, source.labels)
+            close_folder(result)
     return result

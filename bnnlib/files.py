@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from lzma import LZMAError
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -22,7 +22,6 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, TooLarge
@@ -30,6 +29,9 @@ from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, TooLarge
 LOCK = ".lock"
 MAX_JSON = 64 * 2**20  # bytes; ours are a few kilobytes, those of long histories a few megabytes
 
+# The types that we write, as safetensors names them.
+_TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 # What NumPy and zipfile raise for files that are not what they should be.
 _BAD_ARRAYS = (ValueError, OSError, EOFError, RuntimeError, LookupError, OverflowError)
 _BAD_ARCHIVES = (BadZipFile, zlib.error, LZMAError, struct.error, SyntaxError, TypeError)
@@ -54,9 +56,8 @@ def whole_or_absent(path: str | Path) -> Iterator[Path]:
         _flush(part)
         part.replace(path)
         _flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CannotWrite(f"{path} cannot be written: {reason}") from error
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         _remove(part)
 
@@ -88,11 +89,32 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors by name, and texts beside them, as a safetensors file, whole or not at all."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with whole_or_absent(path) as part:
-        save_file(ready, part, dict(metadata) if metadata else None)
+) -> str:
+    """Write tensors by name, and texts beside them, as a safetensors file; returns its SHA-256.
+
+    The library's own `save_file` maps the file into memory: where the disk is full the
+    process dies of it (SIGBUS), and a killed save leaves its copy behind. So the bytes,
+    https://github.com/huggingface/safetensors#format, are written here in plain order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        kind = _NAMES[t.dtype]
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with whole_or_absent(path) as part, part.open("wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
+            digest.update(block)
+            file.write(block)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor in row-major order, as bytes."""
+    return tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8)
 
 
 def make_folder(folder: Path) -> None:
@@ -161,13 +183,15 @@ def parse_json(text: str, source: object) -> dict[str, Any]:
     Raises DamagedFile for anything else, NaN and infinity (which JSON lacks) included.
     """
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}")
+    def finite(number: str) -> float:
+        if isfinite(value := float(number)):
+            return value
+        raise ValueError(f"it holds {number}")
 
     if len(text) > MAX_JSON:
         raise DamagedFile(f"{source} is longer than {in_words(MAX_JSON)}")
     try:
-        content = json.loads(text, parse_constant=refuse)
+        content = json.loads(text, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{source} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -222,10 +246,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
     """Shape and type of each tensor."""
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-
-
-# The types that we write, as a header names them.
-_TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def _check_header(path: str | Path, file: Any, expected: Mapping[str, Form]) -> None:

@@ -192,6 +192,12 @@ def seed_layers(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def random_generator(model: nn.Module) -> torch.Generator | None:
+    """The generator that `seed_layers` gave to the random layers; None where there are none."""
+    generators = (getattr(layer, "generator", None) for layer in model.modules())
+    return next((generator for generator in generators if generator is not None), None)
+
+
 def binary_layers(model: nn.Module) -> list[BinaryLayer]:
     """The layers of `model` with latent weights, from input to output."""
     return [layer for layer in model.modules() if isinstance(layer, BinaryLayer)]

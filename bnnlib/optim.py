@@ -63,7 +63,7 @@ class BinaryAdam(torch.optim.Optimizer):
         if not params:
             return
         grads = [p.grad for p in params]
-        states = [self._state_of(p) for p in params]
+        states = [self.moments(p) for p in params]
         m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         t = group["step"] = group.get("step", 0) + 1
         beta1, beta2 = group["betas"]
@@ -79,7 +79,8 @@ class BinaryAdam(torch.optim.Optimizer):
             torch._foreach_clamp_max_(params, group["clip"])
             torch._foreach_clamp_min_(params, -group["clip"])
 
-    def _state_of(self, p: torch.Tensor) -> dict:
+    def moments(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The running averages m and v of a parameter's gradient, zero before its first step."""
         state = self.state[p]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)

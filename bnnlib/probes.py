@@ -4,7 +4,7 @@ In: a model, its evaluations, a history. Out: numbers, as columns of a `History`
 Next file: `catalogue.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,14 @@ def _margin(scores: Tensor, predicted: Tensor) -> Tensor:
     return own[:, 0] - others.amax(1)
 
 
-def mode_errors(model: nn.Module, batches: Mapping[str, Batches]) -> dict[str, float]:
+def mode_errors(
+    model: nn.Module,
+    batches: Mapping[str, Batches],
+    after_batch: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """`SPLIT_error_MODE` for each of `EVALUATION_MODES` and each of the sets, by split."""
     return {
-        f"{split}_error_{name}": evaluate(model, batches[split], mode).error
+        f"{split}_error_{name}": evaluate(model, batches[split], mode, after_batch).error
         for split in batches
         for name, mode in EVALUATION_MODES.items()
     }
@@ -132,7 +136,7 @@ class Recorder:
         for name in names:
             check_name("probe", name, PROBES)
         self.names, self.train, self.seed = names, train, seed
-        self.signs = binary_weights(model)
+        self.signs = binary_weights(model) if "flips" in names else {}  # as the epoch began
 
     def __call__(self, model: nn.Module, results: Mapping[str, Evaluation]) -> dict[str, float]:
         """The columns of one epoch; `results` are its evaluations, none in most epochs."""

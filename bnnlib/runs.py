@@ -1,13 +1,12 @@
-"""What a run leaves: a record, in a folder that can be read again and is never overwritten.
+"""A run: what was asked, what happened, what was left, and the record that says so.
 
-In: an experiment, its data, model and history. Out: a `Run`, and its folder.
-Next file: `experiments.py`.
+In: an experiment, its data, model and history. Out: a `Run`, its record, a row of a table.
+Next file: `folders.py`.
 """
 
 import hashlib
-import json
 import platform
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import nan
 from pathlib import Path
@@ -15,19 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnnlib
-from bnnlib.assembly import build_model
 from bnnlib.catalogue import PROFILES, Experiment, at_profile
 from bnnlib.data import ImageSet
-from bnnlib.errors import DataNotFound, InvalidValue, check_name
-from bnnlib.files import whole_or_absent, write_json
 from bnnlib.history import History
 from bnnlib.variants import named
-
-RESULTS = Path(__file__).parents[1] / "results"  # histories of long runs, in the repository
 
 
 @dataclass
@@ -81,95 +74,6 @@ def parameter_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------- folders
-
-
-def is_finished(folder: str | Path) -> bool:
-    """Whether the folder holds a run that went to its end."""
-    return (Path(folder) / "experiment.json").is_file() and "seconds" in _read_record(Path(folder))
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "experiment.json"
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidValue(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("experiment"), dict):
-        raise InvalidValue(f"{path} describes no experiment")
-    return record
-
-
-def open_folder(folder: Path, experiment: Experiment, record: dict, labels: dict) -> None:
-    """Make the folder of a run that begins; raises InvalidValue for one that is in use."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidValue(f"{folder} exists and holds no finished run; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidValue(f"{folder} cannot be made: {error.strerror}") from error
-    write_json(folder / "experiment.json", {"experiment": asdict(experiment), **record})
-    with whole_or_absent(folder / "labels.npz") as part, part.open("wb") as file:
-        np.savez_compressed(file, **{k: v.numpy() for k, v in labels.items()})
-
-
-def close_folder(result: Run) -> None:
-    """Write the history and, with the time it took, the mark of a finished run."""
-    result.history.save(result.folder / "history.csv")
-    result.record["seconds"] = round(sum(result.history["seconds"]), 3)
-    content = {"experiment": asdict(result.experiment), **result.record}
-    write_json(result.folder / "experiment.json", content)
-
-
-def save_model(model: nn.Module, path: Path) -> None:
-    """All parameters and averages of `model`, by name, as a safetensors file."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with whole_or_absent(path) as part:
-        save_file(tensors, part)
-
-
-def load_run(folder: str | Path) -> Run:
-    """Read a run's folder; its model and labels too, where they were kept.
-
-    Raises DataNotFound where the folder holds no run.
-    """
-    folder = Path(folder)
-    for name in ("experiment.json", "history.csv"):
-        if not (folder / name).is_file():
-            raise DataNotFound(f"{folder} holds no run: there is no {name} in it")
-    record = _read_record(folder)
-    experiment = _experiment_from(record.pop("experiment"))
-    result = Run(experiment, History.load(folder / "history.csv"), record, folder=folder)
-    if (folder / "parameters.safetensors").is_file():
-        result.model = build_model(experiment)
-        result.model.load_state_dict(load_file(folder / "parameters.safetensors"))
-    if (folder / "labels.npz").is_file():
-        with np.load(folder / "labels.npz", allow_pickle=False) as file:
-            result.labels = {split: torch.from_numpy(file[split]) for split in file.files}
-    return result
-
-
-def _experiment_from(values: dict[str, Any]) -> Experiment:
-    """An `Experiment` from JSON, where tuples have become lists."""
-    for name in values:
-        check_name("field", name, [f.name for f in fields(Experiment)])
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return Experiment(**tuples)
-    except TypeError as error:
-        raise InvalidValue(f"these fields make no experiment: {error}") from error
-
-
-def stored_runs(name: str | None = None, root: str | Path = RESULTS) -> list[Run]:
-    """The finished runs under `root`, sorted by folder; only those of one experiment if named."""
-    folders = sorted(path.parent for path in Path(root).rglob("experiment.json"))
-    runs = [load_run(folder) for folder in folders if is_finished(folder)]
-    return [r for r in runs if name in (None, r.experiment.name)]
-
-
-# ------------------------------------------------------------------------------ looking at runs
 
 
 def profile_of(experiment: Experiment) -> str:

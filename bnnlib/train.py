@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil, isfinite, isnan, nan
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnnlib.batches import Batches
-from bnnlib.errors import InvalidValue, check_name
+from bnnlib.errors import NotFinite, check_name
 from bnnlib.history import History
 from bnnlib.layers import evaluating
 from bnnlib.losses import mistakes, squared_hinge_loss
 
 SCHEDULES = ("exponential", "linear")
 EVALUATION_BATCH = 500  # images; drawn weights are drawn once for so many
+_ADVICE = "a smaller learning rate may help"
 
 
 def learning_rates(schedule: str, start: float, final: float, epochs: int) -> list[float]:
@@ -59,21 +60,27 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, mode: EvaluationMode | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    mode: EvaluationMode | None = None,
+    after_batch: Callable[[], object] = lambda: None,
+) -> Evaluation:
     """Error over every image of the set, and of each class, from one pass in `mode`.
 
-    The model is the same afterwards, its averages and generators included. With statistics
-    of the batch no batch is larger than in training, and all but the last are of one size.
+    The model is the same afterwards, its averages and generators included, also where
+    `after_batch`, called after each batch, raises. With statistics of the batch no batch is
+    larger than in training, and all but the last are of one size.
     """
     mode = mode or EvaluationMode()
     size = EVALUATION_BATCH
     if mode.statistics == "batch":
         size = ceil(len(batches) / ceil(len(batches) / batches.batch_size))
     with evaluating(model, mode.weights, mode.statistics, mode.seed):
-        wrong = [
-            mistakes(sum(model(x) for _ in range(mode.samples)), labels)
-            for x, labels in batches.in_order(size)
-        ]
+        wrong = []
+        for x, labels in batches.in_order(size):
+            wrong.append(mistakes(sum(model(x) for _ in range(mode.samples)), labels))
+            after_batch()
     wrong = torch.cat(wrong).cpu()
     return Evaluation(wrong.double().mean().item(), _class_errors(wrong, batches), wrong)
 
@@ -85,36 +92,129 @@ def _class_errors(wrong: Tensor, batches: Batches) -> tuple[float, ...]:
     return tuple((total / count).tolist())  # 0 / 0 is NaN
 
 
+@dataclass
+class Position:
+    """How far a training has come: beside the model, the optimizer and the generators, all that
+    `fit` needs to go on, in the middle of an epoch too.
+    """
+
+    history: History = field(default_factory=History)  # of the epochs that are over
+    order: Tensor | None = None  # state of the order's generator as the epoch under way began
+    losses: list[Tensor] = field(default_factory=list)  # () float32, of each step of that epoch
+    wrong: list[Tensor] = field(default_factory=list)  # () int64, images predicted wrongly
+    started: float = 0.0  # of the epoch, on the clock `time.perf_counter`
+
+    def begin_epoch(self, generator: torch.Generator) -> None:
+        """Begin an epoch, or go on with the one under way."""
+        if self.order is None:
+            self.order, self.started = generator.get_state(), time.perf_counter()
+        else:
+            generator.set_state(self.order)
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Write the epoch into the history."""
+        self.history.rows.append(row)
+        self.order, self.losses, self.wrong = None, [], []
+
+    @property
+    def text(self) -> str:
+        """Where this is, for messages."""
+        if self.order is None:
+            return f"epoch {len(self.history)}"
+        return f"step {len(self.losses)} of epoch {len(self.history) + 1}"
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     generator: torch.Generator,
-    after_batch: Callable[[], object] = lambda: None,
+    after_step: Callable[[], object] = lambda: None,
     penalty: Callable[[], Tensor | float] | None = None,
+    position: Position | None = None,
 ) -> tuple[float, float]:
     """One pass over the shuffled batches; returns mean loss and error, both in training mode.
 
-    `after_batch` is called once for each batch; what `penalty` returns is added to the loss.
-    Raises InvalidValue when the loss is no longer a finite number.
+    `after_step` is called once for each batch, after its update; what `penalty` returns is
+    added to the loss; `position` is where the pass begins, and moves with it.
+    Raises NotFinite when the loss, a weight or an average is no longer a finite number.
     """
     model.train()
-    losses, wrong = [], []
-    for x, labels in batches.shuffled(generator):
+    position = position or Position()
+    position.begin_epoch(generator)
+    for x, labels in batches.shuffled(generator, skip=len(position.losses)):
         logits = model(x)
         loss = squared_hinge_loss(logits, labels)
         if penalty:
             loss = loss + penalty()
+        if loss.device.type == "cpu" and not isfinite(
+            loss.item()
+        ):  # a GPU would have to wait for it
+            raise not_finite_loss(position, loss.item(), model, x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # moves the latent weights and clips them to [-1, 1]
-        losses.append(loss.detach())
-        wrong.append(mistakes(logits.detach(), labels))
-        after_batch()
-    loss = torch.stack(losses).mean().item()
-    if not isfinite(loss):
-        raise InvalidValue(f"the training loss became {loss}; a smaller learning rate may help")
-    return loss, torch.cat(wrong).cpu().double().mean().item()
+        position.losses.append(loss.detach())
+        position.wrong.append(mistakes(logits.detach(), labels).sum())
+        after_step()
+    check_finite(model, optimizer, position)
+    error = torch.stack(position.wrong).sum().item() / (len(position.wrong) * batches.batch_size)
+    return torch.stack(position.losses).mean().item(), error
+
+
+def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
+    """Raise NotFinite where a loss of this epoch, a weight, an average or a moment is not finite.
+
+    A NaN inside the network need not reach the loss: its sign counts as +1.
+    """
+    losses = torch.stack(position.losses) if position.losses else torch.zeros(0)
+    bad = (~losses.isfinite()).nonzero().flatten()
+    if len(bad):
+        here = replace(position, losses=position.losses[: bad[0]])
+        raise not_finite_loss(here, losses[bad[0]].item(), model)
+    tensors = dict(model.state_dict())
+    for name, p in model.named_parameters():
+        tensors |= {f"{k} of {name}": v for k, v in optimizer.state.get(p, {}).items()}
+    for name, tensor in tensors.items():
+        if not torch.as_tensor(tensor).isfinite().all():
+            raise NotFinite(f"{name} is not finite after {position.text}; {_ADVICE}")
+
+
+def not_finite_loss(
+    position: Position, loss: float, model: nn.Module, x: Tensor | None = None
+) -> NotFinite:
+    """The error for the loss of the step after `position`, to be raised by the caller.
+
+    With the batch `x` it names the first layer whose output is not finite.
+    """
+    where = replace(position, losses=[*position.losses, torch.tensor(loss)]).text
+    layer = None if x is None else first_not_finite(model, x)
+    source = f", first in {layer}" if layer else ""
+    return NotFinite(f"the training loss became {loss} at {where}{source}; {_ADVICE}")
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, x: Tensor) -> str | None:
+    """The first layer, in the order of computation, with an output that is not finite.
+
+    "the input" where x is not; None where all are finite. Averages move as in training.
+    """
+    if not x.isfinite().all():
+        return "the input"
+    found: list[str] = []
+
+    def look(name: str, output: Tensor) -> None:
+        if not output.isfinite().all():
+            found.append(f"layer {name}")
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(lambda *a, n=name: look(n, a[2])) for name, m in leaves]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 Measure = Callable[[nn.Module, Mapping[str, Evaluation]], dict[str, float]]
@@ -134,7 +234,10 @@ def fit(
     penalty: Callable[[], Tensor | float] | None = None,
     measure: Measure = lambda model, results: {},
     progress: str = "auto",
-    after_epoch: Callable[[History], None] | None = None,
+    position: Position | None = None,
+    after_step: Callable[[], object] = lambda: None,
+    after_batch: Callable[[], object] = lambda: None,
+    after_epoch: Callable[[History], object] = lambda history: None,
 ) -> History:
     """Train for one epoch at each learning rate in `rates`; returns the `History`.
 
@@ -142,30 +245,43 @@ def fit(
     `evaluate_every` epochs and after the last, in `mode`. What `penalty` returns is added to
     the loss. `measure` is given the model and the evaluations of each epoch, by split, and
     returns more columns. `progress` is "bar", "lines", "none" or "auto", see
-    `progress_style`. `after_epoch` is given the history so far.
+    `progress_style`. `position` is where to begin, and moves with the training.
+    `after_step` is called after each training step, `after_batch` after each evaluated batch
+    and `after_epoch`, with the history so far, after each epoch. What they raise ends the
+    training, which can go on later from `position`.
     """
     sets = {"train": train, "valid": valid, "test": test}
-    style, history = progress_style(progress), History()
-    steps = len(rates) * (len(train) // train.batch_size)
-    with tqdm(total=steps, unit="step", disable=style != "bar", mininterval=0.3) as bar:
-        for epoch, lr in enumerate(rates, start=1):
-            start = time.perf_counter()
+    style, position = progress_style(progress), position or Position()
+    steps = len(train) // train.batch_size
+    done = len(position.history) * steps + len(position.losses)
+    bar = tqdm(
+        total=steps * len(rates), initial=done, unit="step", disable=style != "bar", mininterval=0.3
+    )
+
+    def tick() -> None:
+        bar.update()
+        after_step()
+
+    with bar:
+        for epoch in range(len(position.history) + 1, len(rates) + 1):
+            lr = rates[epoch - 1]
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, error = train_epoch(model, optimizer, train, generator, bar.update, penalty)
+            loss, error = train_epoch(model, optimizer, train, generator, tick, penalty, position)
             row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
             row["train_mode_error"] = error
             due = epoch % evaluate_every == 0 or epoch == len(rates)
-            results = {k: evaluate(model, b, mode) for k, b in sets.items() if b and due}
+            results = {
+                k: evaluate(model, b, mode, after_batch) for k, b in sets.items() if b and due
+            }
             for name in sets:
                 row |= _error_columns(name, results.get(name), train.classes)
             row |= measure(model, results)
-            row["seconds"] = time.perf_counter() - start
-            history.rows.append(row)
-            if after_epoch:
-                after_epoch(history)
+            row["seconds"] = time.perf_counter() - position.started
+            position.end_epoch(row)
+            after_epoch(position.history)
             _report(row, len(rates), evaluate_every, style, bar)
-    return history
+    return position.history
 
 
 def _error_columns(name: str, result: Evaluation | None, classes: int) -> dict[str, float]:

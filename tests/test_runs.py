@@ -9,10 +9,11 @@ import torch
 
 from bnnlib.assembly import prepare_data
 from bnnlib.catalogue import reduced, smoke
-from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.errors import DamagedFile, DataNotFound
 from bnnlib.experiments import evaluate_run
+from bnnlib.folders import is_finished, load_run, stored_runs
 from bnnlib.history import History
-from bnnlib.runs import is_finished, is_guessing, load_run, parameter_hash, profile_of, stored_runs
+from bnnlib.runs import is_guessing, parameter_hash, profile_of
 from bnnlib.variants import named
 
 
@@ -76,7 +77,7 @@ def test_a_record_with_an_unknown_field_is_refused(folder):
     record = json.loads((folder / "experiment.json").read_text())
     record["experiment"]["epoch"] = record["experiment"].pop("epochs")
     (folder / "experiment.json").write_text(json.dumps(record))
-    with pytest.raises(InvalidValue, match="'epoch'; did you mean 'epochs'"):
+    with pytest.raises(DamagedFile, match=r"experiment\.json describes no experiment.*'epoch'"):
         load_run(folder)
 
 
@@ -93,7 +94,9 @@ def test_a_guess_is_wrong_nine_times_in_ten_within_four_standard_deviations(
 
 def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "unfinished")
-    (tmp_path / "unfinished" / "experiment.json").write_text('{"experiment": {}}')
+    record = json.loads((folder / "experiment.json").read_text())
+    del record["seconds"]
+    (tmp_path / "unfinished" / "experiment.json").write_text(json.dumps(record))
     found = stored_runs(root=tmp_path)
     assert [r.folder for r in found] == [folder]
     assert len(stored_runs("svhn-random-labels", tmp_path)) == 1

@@ -1,13 +1,13 @@
 import copy
 from itertools import pairwise
-from math import isnan, nan
+from math import inf, isnan, nan
 
 import pytest
 import torch
 from torch import nn
 
 from bnnlib.batches import Batches
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import InvalidValue, NotFinite
 from bnnlib.files import whole_or_absent
 from bnnlib.history import History
 from bnnlib.layers import evaluating, seed_layers
@@ -16,8 +16,11 @@ from bnnlib.models import Architecture, binarynet, penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.train import (
     EvaluationMode,
+    Position,
+    check_finite,
     describe_row,
     evaluate,
+    first_not_finite,
     fit,
     learning_rates,
     train_epoch,
@@ -203,11 +206,66 @@ def test_an_epoch_changes_every_parameter_with_a_gradient_and_keeps_the_clip(sta
             assert value.abs().max() <= 1
 
 
-def test_a_loss_that_is_no_number_ends_the_training(start):
+# ------------------------------------------------------------------------- watched numbers
+
+
+def test_a_loss_that_is_no_number_ends_the_training_before_the_step(start):
     model, optimizer, batches = start()
     nn.init.constant_(model.norm4.bias, nan)
-    with pytest.raises(InvalidValue, match="loss became nan"):
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(NotFinite, match="became nan at step 1 of epoch 1, first in layer norm4; a"):
         train_epoch(model, optimizer, batches, seeded())
+    for name, p in model.named_parameters():
+        assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
+
+
+def test_the_first_layer_that_is_not_finite_is_found_behind_a_sign(start):
+    model, _, batches = start()
+    x, _ = next(batches.in_order())
+    assert first_not_finite(model, x) is None
+    nn.init.constant_(model.dense4.bias, inf)
+    assert first_not_finite(model, x) == "layer dense4"
+    nn.init.constant_(model.norm1.bias, nan)
+    assert first_not_finite(model, x) == "layer norm1"
+    x[0, 0, 0, 0] = nan
+    assert first_not_finite(model, x) == "the input"
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_the_step_at_which_a_loss_becomes_infinite_is_named(start):
+    model, optimizer, batches = start()
+    penalties = iter([0.0, 0.0, 0.0, 0.0, inf])
+    with pytest.raises(NotFinite, match="became inf at step 2 of epoch 2; a smaller"):
+        fit(
+            *(model, optimizer, batches),
+            rates=[0.1] * 3,
+            generator=seeded(),
+            penalty=lambda: next(penalties),
+            progress="none",
+        )
+
+
+@pytest.mark.parametrize(("name", "value"), [("norm1.bias", nan), ("dense3.bias", inf)])
+def test_a_nan_that_a_sign_hides_from_the_loss_is_seen_after_the_epoch(start, name, value):
+    model, optimizer, batches = start()
+    nn.init.constant_(model.get_parameter(name), value)
+    with pytest.raises(NotFinite, match="is not finite after step 3 of epoch 1"):
+        train_epoch(model, optimizer, batches, seeded())
+
+
+def test_a_moment_that_overflows_is_seen_too(start):
+    model, optimizer, batches = start()
+    train_epoch(model, optimizer, batches, seeded())
+    optimizer.moments(model.conv1.weight)["exp_avg_sq"][0] = inf  # its weights just stand still
+    with pytest.raises(NotFinite, match=r"exp_avg_sq of conv1\.weight is not finite"):
+        train_epoch(model, optimizer, batches, seeded())
+
+
+def test_a_loss_that_only_the_device_knows_is_found_when_it_is_read(start):
+    model, optimizer, _ = start()
+    losses = [torch.tensor(value) for value in (1.0, nan, 2.0)]
+    with pytest.raises(NotFinite, match="became nan at step 2 of epoch 1"):
+        check_finite(model, optimizer, Position(order=seeded().get_state(), losses=losses))
 
 
 @pytest.mark.parametrize(("target", "kind"), [("weights", "dense"), ("gamma", "norm")])

@@ -1,0 +1,244 @@
+"""The state of a training, kept in a folder so that a restored run is the same run, bit for bit.
+
+In: a model, its optimizer, generators and position. Out: the same, from a file. A checkpoint is
+one safetensors file, whose name carries a part of its SHA-256. Next file: `runs.py`.
+"""
+
+import json
+import re
+import time
+import warnings
+from dataclasses import dataclass, field
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile
+from bnnlib.files import (
+    Form,
+    forms,
+    make_folder,
+    parse_json,
+    read_metadata,
+    read_tensors,
+    sha256,
+    write_tensors,
+)
+from bnnlib.history import History
+from bnnlib.layers import random_generator
+from bnnlib.optim import BinaryAdam
+from bnnlib.probes import Recorder
+from bnnlib.train import Position, check_finite
+
+FORMAT = 1  # of a checkpoint; raised when an older bnnlib could misread a newer one
+KEPT = 2  # checkpoints in a folder
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as `BinaryAdam` names them
+NAME = re.compile(r"checkpoint-(\d{9,})-([0-9a-f]{16})\.safetensors")
+
+
+@dataclass
+class Training:
+    """Everything that changes while a network is trained."""
+
+    digest: str  # of the experiment, which does not change
+    model: nn.Module
+    optimizer: BinaryAdam
+    order: torch.Generator  # of the batches, on the CPU
+    recorder: Recorder
+    position: Position = field(default_factory=Position)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the parameters so far."""
+        return self.optimizer.param_groups[0].get("step", 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, by name."""
+        position, sampling = self.position, random_generator(self.model)
+        begun = position.order is not None
+        state = {"generator.order": position.order if begun else self.order.get_state()}
+        if sampling is not None:
+            state["generator.layers"] = sampling.get_state()
+        if position.losses:
+            state["epoch.losses"] = torch.stack(position.losses)
+            state["epoch.wrong"] = torch.stack(position.wrong)
+        state |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            state |= {f"optimizer.{name}.{k}": self.optimizer.moments(p)[k] for k in MOMENTS}
+        return state | {f"signs.{name}": sign for name, sign in self.recorder.signs.items()}
+
+    def about(self) -> dict[str, Any]:
+        """The rest of the state, as JSON has it: NaN is null."""
+        rows = self.position.history.rows
+        return {
+            "format": FORMAT,
+            "experiment_sha256": self.digest,
+            "steps": len(self.position.losses),  # of the epoch under way
+            "seconds": time.perf_counter() - self.position.started,
+            "updates": [group.get("step", 0) for group in self.optimizer.param_groups],
+            "history": [{k: None if isnan(v) else v for k, v in r.items()} for r in rows],
+        }
+
+    def save(self, path: Path) -> str:
+        """Write the whole state to one file; returns its SHA-256.
+
+        Raises NotFinite instead of keeping a NaN, CannotWrite where the disk is full.
+        """
+        check_finite(self.model, self.optimizer, self.position)
+        about = json.dumps(self.about(), allow_nan=False)
+        return write_tensors(path, self.tensors(), {"bnnlib": about})
+
+    def restore(self, path: Path) -> None:
+        """Take over the state in a file. Raises DamagedFile for that of another training."""
+        about = _read_about(path)
+        if about["experiment_sha256"] != self.digest:
+            raise DamagedFile(f"{path} is the state of another experiment")
+        state = read_tensors(path, self._forms(about["steps"]))
+        try:
+            self._take_over(state, about)
+        except (RuntimeError, ValueError) as error:
+            raise DamagedFile(f"{path} holds no state of this training: {error}") from error
+
+    def _forms(self, steps: int) -> dict[str, Form]:
+        """What a file must hold for this training, `steps` steps into an epoch."""
+        form = forms(self.tensors())
+        if steps:
+            form |= {"epoch.losses": ((steps,), torch.float32)}
+            form |= {"epoch.wrong": ((steps,), torch.int64)}
+        return form
+
+    @torch.no_grad()
+    def _take_over(self, state: dict[str, Tensor], about: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        for name, p in self.model.named_parameters():
+            for kind, tensor in self.optimizer.moments(p).items():
+                tensor.copy_(state[f"optimizer.{name}.{kind}"])  # keeps its memory format
+        for group, updates in zip(self.optimizer.param_groups, about["updates"], strict=True):
+            group["step"] = updates
+        if "generator.layers" in state:
+            random_generator(self.model).set_state(state["generator.layers"])
+        self.order.set_state(state["generator.order"])
+        self._take_position(state, about)
+        device = next(self.model.parameters()).device
+        self.recorder.signs = {k: v.to(device) for k, v in part("signs.").items()}
+
+    def _take_position(self, state: dict[str, Tensor], about: dict[str, Any]) -> None:
+        device = next(self.model.parameters()).device
+        rows = [{k: nan if v is None else v for k, v in row.items()} for row in about["history"]]
+        self.position.history = History(rows)
+        self.position.order = state["generator.order"]
+        self.position.started = time.perf_counter() - about["seconds"]
+        if about["steps"]:
+            self.position.losses = list(state["epoch.losses"].to(device).unbind())
+            self.position.wrong = list(state["epoch.wrong"].to(device).unbind())
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    about = parse_json(read_metadata(path).get("bnnlib", "{}"), path)
+    check_format(path, about.get("format"), FORMAT)
+    fits = {
+        "experiment_sha256": lambda v: isinstance(v, str),
+        "steps": is_count,
+        "seconds": lambda v: isinstance(v, float),
+        "updates": lambda v: isinstance(v, list) and all(map(is_count, v)),
+        "history": lambda v: isinstance(v, list) and all(map(_is_row, v)),
+    }
+    for name, fit in fits.items():
+        if not fit(about.get(name)):
+            raise DamagedFile(f"{path} is no checkpoint: its {name!r} is not what it should be")
+    return about
+
+
+def check_format(path: Path, found: object, known: int) -> None:
+    """Raise DamagedFile for a file of a format that this version does not know."""
+    if not is_count(found) or not 1 <= found <= known:
+        raise DamagedFile(f"{path} has format {found!r}; this bnnlib reads formats 1 to {known}")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a whole number, 0 or larger, of ordinary size."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        v is None or type(v) is float or is_count(v) for v in value.values()
+    )
+
+
+class Checkpoints:
+    """The last two states of a training, in the subfolder `checkpoints` of its run.
+
+    `every` is the least number of seconds between two saves by `save_if_due`.
+    """
+
+    def __init__(self, folder: Path, training: Training, every: float):
+        self.folder, self.training, self.every = folder / "checkpoints", training, every
+        self.saved = time.monotonic()
+        if self.folder.is_symlink():
+            raise DamagedFile(f"{self.folder} is a link, which bnnlib never makes; remove it")
+
+    def paths(self) -> list[Path]:
+        """The files, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        named = {path: NAME.fullmatch(path.name) for path in self.folder.iterdir()}
+        return sorted((p for p in named if named[p]), key=lambda p: int(named[p][1]))
+
+    @property
+    def needed(self) -> int:
+        """Bytes of disk that the states take at most, while one is written."""
+        tensors = self.training.tensors().values()
+        return (KEPT + 1) * sum(tensor.nbytes for tensor in tensors)
+
+    def save(self) -> Path:
+        """Write the state, then forget all but the last two. Returns the new file."""
+        make_folder(self.folder)
+        unnamed = self.folder / "checkpoint.safetensors"
+        digest = self.training.save(unnamed)
+        path = self.folder / f"checkpoint-{self.training.steps:09d}-{digest[:16]}.safetensors"
+        try:
+            unnamed.replace(path)
+            for old in self.paths()[:-KEPT]:
+                old.unlink()
+        except OSError as error:
+            raise CannotWrite(f"{path} cannot be written: {error.strerror}") from error
+        self.saved = time.monotonic()
+        return path
+
+    def save_if_due(self) -> None:
+        """Save where the last save is long enough ago."""
+        if time.monotonic() - self.saved >= self.every:
+            self.save()
+
+    def restore(self) -> Path | None:
+        """Bring the training to the newest whole state; returns its file, None if there is none.
+
+        A damaged file is put aside, under the ending `.damaged`, with a warning.
+        """
+        for path in reversed(self.paths()):
+            if sha256(path).startswith(NAME.fullmatch(path.name)[2]):
+                self.training.restore(path)
+                return path
+            path.replace(path.with_suffix(".damaged"))
+            warnings.warn(
+                f"{path} is damaged (its SHA-256 is not the one in its name) and was put aside; "
+                "the state before it is used",
+                BnnlibWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def remove(self) -> None:
+        """Delete all states of a training that is over."""
+        if self.folder.is_dir():
+            for path in self.folder.glob("checkpoint*"):
+                path.unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()

@@ -1,0 +1,231 @@
+"""The folder of a run: begun, locked, closed, and read again without being trusted.
+
+In: a run. Out: `experiment.json`, `labels.npz`, `history.csv` and `parameters.safetensors`; and a
+`Run` from them. What a folder holds is never overwritten by another run.
+Next file: `experiments.py`.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnnlib.assembly import build_model, model_forms
+from bnnlib.catalogue import Experiment
+from bnnlib.checkpoints import check_format, is_count
+from bnnlib.errors import BnnlibWarning, DamagedFile, DataNotFound, FolderInUse, InvalidValue
+from bnnlib.files import (
+    LOCK,
+    read_json,
+    read_npz,
+    read_tensors,
+    read_text,
+    whole_or_absent,
+    write_json,
+)
+from bnnlib.history import History
+from bnnlib.runs import Run, parameter_hash
+
+RESULTS = Path(__file__).parents[1] / "results"  # histories of long runs, in the repository
+FORMAT = 1  # of a folder; raised when an older bnnlib could misread a newer one
+RECORD, HISTORY, LABELS = "experiment.json", "history.csv", "labels.npz"
+PARAMETERS = "parameters.safetensors"
+_LEFT_BY_A_FALSE_START = {LOCK, RECORD + ".part"}
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether the folder holds a run that went to its end."""
+    return (Path(folder) / RECORD).is_file() and "seconds" in _read_record(Path(folder))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What `experiment.json` says, its form checked; an old one has no format."""
+    path = folder / RECORD
+    record = read_json(path)
+    check_format(path, record.get("format", 1), FORMAT)
+    for name, fits in _RECORD_FORMS.items():
+        if not fits(record.get(name)):
+            raise DamagedFile(f"{path} describes no run: its {name!r} is not what it should be")
+    return record
+
+
+def _maps_names_to(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(type(v) is kind for v in value.values())
+
+
+_RECORD_FORMS = {
+    "experiment": lambda value: isinstance(value, dict),
+    "versions": _maps_names_to(str),
+    "device": lambda value: isinstance(value, str),
+    "threads": is_count,
+    "started": lambda value: isinstance(value, str),
+    "images": _maps_names_to(int),
+    "image_sha256": _maps_names_to(str),
+    "label_sha256": _maps_names_to(str),
+}
+
+
+def check_folder(folder: Path, experiment: Experiment) -> None:
+    """Raise unless this folder may hold a run of `experiment`: it is new, empty, or has one.
+
+    Raises FolderInUse for a folder of something else, InvalidValue with the differing fields
+    for one of another experiment.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FolderInUse(f"{folder} is a file; choose another folder")
+    if (folder / RECORD).is_file():
+        links = [path.name for path in folder.iterdir() if path.is_symlink()]
+        if links:
+            raise DamagedFile(f"{folder} holds links, which bnnlib never makes: {', '.join(links)}")
+        check_same(folder, _experiment_of(folder, _read_record(folder)), experiment)
+    elif any(path.name not in _LEFT_BY_A_FALSE_START for path in folder.iterdir()):
+        raise FolderInUse(f"{folder} holds something that is no run; choose another folder")
+
+
+def check_same(folder: Path, there: Experiment, asked: Experiment) -> None:
+    """Raise InvalidValue with the differing fields where the two decide another run."""
+    found, wanted = there.decisive(), asked.decisive()
+    differing = [
+        f"{field} ({found[field]!r} there, {wanted[field]!r} asked for)"
+        for field in found
+        if found[field] != wanted[field]
+    ]
+    if differing:
+        raise InvalidValue(f"{folder} holds another experiment: {', '.join(differing)}")
+
+
+def begin_folder(folder: Path, experiment: Experiment, record: dict, labels: dict) -> None:
+    """Write what is known before the first step; in a folder that has it, compare it instead.
+
+    A run that goes on keeps the record of its beginning, with a line for each time it went
+    on. `record` becomes that of the folder.
+    """
+    if (folder / RECORD).is_file():
+        _go_on(folder, record)
+    content = {"format": FORMAT, "experiment": asdict(experiment), **record}
+    write_json(folder / RECORD, content)
+    if not (folder / LABELS).is_file():
+        with whole_or_absent(folder / LABELS) as part, part.open("wb") as file:
+            np.savez_compressed(file, **{k: v.numpy() for k, v in labels.items()})
+
+
+def _go_on(folder: Path, record: dict[str, Any]) -> None:
+    begun = _read_record(folder)
+    for name in ("images", "image_sha256", "label_sha256"):
+        if begun[name] != record[name]:
+            raise InvalidValue(
+                f"{folder} was begun with other data: its {name} is {begun[name]}, "
+                f"that of the data here {record[name]}"
+            )
+    here = {name: record[name] for name in ("versions", "device", "threads", "started")}
+    changes = [
+        f"{name} {begun[name]} then, {here[name]} now"
+        for name in ("versions", "device", "threads")
+        if begun[name] != here[name]
+    ]
+    if changes:
+        warnings.warn(
+            f"{folder} goes on in other surroundings, so its last bits may differ from those of "
+            f"an uninterrupted run: {'; '.join(changes)}",
+            BnnlibWarning,
+            stacklevel=2,
+        )
+    del begun["experiment"]
+    begun.pop("format", None)
+    record |= begun | {"continued": [*begun.get("continued", []), here]}
+
+
+def close_folder(result: Run) -> None:
+    """Write the history and, with the time it took, the mark of a finished run."""
+    result.history.save(result.folder / HISTORY)
+    result.record["history_sha256"] = _table_hash(result.folder / HISTORY)
+    result.record["seconds"] = round(sum(result.history["seconds"]), 3)
+    content = {"format": FORMAT, "experiment": asdict(result.experiment), **result.record}
+    write_json(result.folder / RECORD, content)
+    (result.folder / LOCK).unlink(missing_ok=True)  # nobody will write here again
+
+
+def _table_hash(path: Path) -> str:
+    """SHA-256 of a CSV file, whatever ends its lines."""
+    return hashlib.sha256("\n".join(read_text(path).splitlines()).encode()).hexdigest()
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's folder; its model and labels too, where they were kept.
+
+    The folder may be a stranger's: its files are checked against each other and against the
+    hashes of the record, and nothing in them is executed. Raises DataNotFound where the
+    folder holds no run, DamagedFile with the file that is not what it should be.
+    """
+    folder = Path(folder)
+    for name in (RECORD, HISTORY):
+        if not (folder / name).is_file():
+            raise DataNotFound(f"{folder} holds no run: there is no {name} in it")
+    record = _read_record(folder)
+    experiment = _experiment_of(folder, record)
+    for name in ("experiment", "format"):
+        record.pop(name, None)
+    _check_hash(folder / HISTORY, _table_hash(folder / HISTORY), record.get("history_sha256"))
+    result = Run(experiment, History.load(folder / HISTORY), record, folder=folder)
+    if (folder / PARAMETERS).is_file():
+        result.model = _load_model(folder / PARAMETERS, experiment)
+        found = parameter_hash(result.model)
+        _check_hash(folder / PARAMETERS, found, record.get("parameter_sha256"))
+    if (folder / LABELS).is_file():
+        result.labels = _load_labels(folder / LABELS, record)
+    return result
+
+
+def _experiment_of(folder: Path, record: dict[str, Any]) -> Experiment:
+    """The experiment of a record, whose hash must be the recorded one."""
+    values = record["experiment"]
+    try:
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        experiment = Experiment(**tuples)
+    except (TypeError, InvalidValue) as error:
+        raise DamagedFile(f"{folder / RECORD} describes no experiment: {error}") from error
+    _check_hash(folder / RECORD, experiment.digest(), record.get("experiment_sha256"))
+    return experiment
+
+
+def _check_hash(path: Path, found: str, recorded: str | None) -> None:
+    if recorded not in (None, found):
+        raise DamagedFile(
+            f"{path} is not as the run left it: SHA-256 {found[:12]}..., recorded "
+            f"{str(recorded)[:12]}..."
+        )
+
+
+def _load_model(path: Path, experiment: Experiment) -> nn.Module:
+    state = read_tensors(path, model_forms(experiment))
+    model = build_model(experiment)
+    model.load_state_dict(state)
+    return model
+
+
+def _load_labels(path: Path, record: dict[str, Any]) -> dict[str, torch.Tensor]:
+    arrays, labels = read_npz(path), {}
+    if set(arrays) != set(record["label_sha256"]):
+        raise DamagedFile(f"{path} holds {', '.join(arrays)}, not the splits of its run")
+    for split, array in arrays.items():
+        if array.dtype != np.int64 or array.ndim != 1:
+            raise DamagedFile(f"{path}: {split} must be int64 (N,), is {array.dtype} {array.shape}")
+        labels[split] = torch.from_numpy(array)
+        found = hashlib.sha256(array.astype("<i8").tobytes()).hexdigest()
+        _check_hash(path, found, record["label_sha256"][split])
+    return labels
+
+
+def stored_runs(name: str | None = None, root: str | Path = RESULTS) -> list[Run]:
+    """The finished runs under `root`, sorted by folder; only those of one experiment if named."""
+    folders = sorted(path.parent for path in Path(root).rglob("experiment.json"))
+    runs = [load_run(folder) for folder in folders if is_finished(folder)]
+    return [r for r in runs if name in (None, r.experiment.name)]

@@ -1,0 +1,51 @@
+"""Ctrl-C and a cluster's SIGTERM, answered at the next safe point instead of in the middle.
+
+In: signals. Out: an exception, raised where nothing is half done. Next file: `checkpoints.py`.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bnnlib.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Inside the `with` block a first SIGINT or SIGTERM waits, a second raises KeyboardInterrupt.
+
+    Yields a function that raises Interrupted where a signal is waiting; to be called wherever
+    it is safe to stop. A signal that the process ignores stays ignored. Outside the main
+    thread, where Python delivers no signals, nothing changes.
+    """
+    waiting: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if waiting:
+            raise KeyboardInterrupt
+        waiting.append(number)
+
+    def check() -> None:
+        if waiting:
+            raise Interrupted(f"stopped by {signal.Signals(waiting[0]).name}")
+
+    before = _receive_by(receive)
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _receive_by(handler: Callable) -> dict[int, object]:
+    """Give the signals to `handler`; returns the handlers that had them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    return before
