@@ -1,0 +1,1 @@
+"""What takes too long for a test: faults on purpose, at length."""
