@@ -82,7 +82,7 @@ def checkpoints(out):
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(tmp_path):
-    e = replace(EXPERIMENT, epochs=8)
+    e = replace(EXPERIMENT, epochs=5)
     lives = kill_until_done(e, tmp_path / "killed", seed=0)
     killed = [life for life in lives if life.exit_code == -signal.SIGKILL]
     assert len(killed) >= 30

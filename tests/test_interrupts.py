@@ -1,0 +1,124 @@
+"""Ctrl-C in a shell, in a notebook, in a thread."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from benchmarks.kills import differences
+from bnnlib.errors import Interrupted
+from bnnlib.experiments import is_finished, load_run, published, run, smoke
+from bnnlib.interrupts import SIGNALS, deferred_interrupts
+
+EPOCHS = 40  # about two seconds, which is long enough to be interrupted in
+EXPERIMENT = replace(smoke(published("svhn-random-labels")), epochs=EPOCHS)
+
+
+def wait_for(path, process_is_alive):
+    """Until a file is there; fails where the process ends first."""
+    while not path.exists():
+        assert process_is_alive(), f"ended before {path.name} was written"
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------- one function
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_waits_for_the_check_and_the_second_does_not(number):
+    with deferred_interrupts() as check:
+        check()
+        signal.raise_signal(number)
+        with pytest.raises(Interrupted, match=f"stopped by {number.name}"):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+
+
+def test_handlers_come_back_whatever_happens():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(ZeroDivisionError), deferred_interrupts():
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+    try:
+        with deferred_interrupts() as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_in_a_thread_is_trained_too(tmp_path):
+    work = threading.Thread(
+        target=run,
+        args=(smoke(published("svhn-random-labels")), tmp_path / "out"),
+        kwargs={"device": "cpu", "progress": "none"},
+    )
+    work.start()
+    work.join()
+    assert is_finished(tmp_path / "out")
+
+
+# ------------------------------------------------------------------------ a shell, a notebook
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(EXPERIMENT, out, device="cpu", progress="none")
+    return load_run(out)
+
+
+def test_in_a_shell_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
+    command = [sys.executable, "-m", "bnnlib", "run", "svhn-random-labels", "--profile", "smoke"]
+    command += ["--set", f"epochs={EPOCHS}", "--out", "out", "--device", "cpu"]
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options)
+    wait_for(tmp_path / "out" / "history.csv", lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, "")
+    stopped, how = stderr.splitlines()[-2:]
+    assert stopped.startswith("stopped by SIGINT after step ")
+    assert how == f"to go on: python -m bnnlib {' '.join(command[3:])}"
+    assert "Traceback" not in stderr
+    again = subprocess.run(command, **options)
+    assert again.returncode == 0, again.stderr
+    assert "out goes on after step" in again.stderr
+    assert differences(uninterrupted, load_run(tmp_path / "out")) == []
+
+
+def test_in_a_notebook_an_interrupted_cell_goes_on_when_it_is_run_again(uninterrupted, tmp_path):
+    cell = f"""
+import torch
+from dataclasses import replace
+from bnnlib.experiments import published, run, smoke
+torch.set_num_threads(1)
+experiment = replace(smoke(published("svhn-random-labels")), epochs={EPOCHS})
+result = run(experiment, {str(tmp_path / "out")!r}, device="cpu", progress="none")
+"""
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(cell)
+        wait_for(tmp_path / "out" / "history.csv", manager.is_alive)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)["content"]
+        assert (reply["status"], reply["ename"]) == ("error", "Interrupted")
+        assert "stopped by SIGINT after step " in reply["evalue"]
+        assert not is_finished(tmp_path / "out")
+        client.execute(cell)
+        assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert differences(uninterrupted, load_run(tmp_path / "out")) == []
