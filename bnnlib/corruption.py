@@ -5,6 +5,7 @@ function touches only the set it is given: corrupting train and test takes two c
 Next file: `batches.py`.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -45,11 +46,11 @@ def gaussian_inputs(
     Each value is N(0, variance), i.i.d., in the scaled range where pixels lie in [-1, 1]; it
     is not clipped, so the images become float32. With `matched`, mean and variance are those
     of the set's own pixels instead, as in Zhang et al. 2017 and Arpit et al. 2017.
-    Raises InvalidValue unless variance > 0.
+    Raises InvalidValue unless variance is positive and finite.
     Source: `cifar10_randX_input.py:127-137` of the original.
     """
-    if not variance > 0:
-        raise InvalidValue(f"variance must be positive, got {variance}")
+    if not 0 < variance < math.inf:
+        raise InvalidValue(f"variance must be positive and finite, got {variance}")
     mean, std = _scaled_moments(data) if matched else (0.0, variance**0.5)
     noise = np.random.default_rng(seed).standard_normal(tuple(data.images.shape), np.float32)
     images = torch.from_numpy(noise).mul_(std).add_(mean)

@@ -4,21 +4,21 @@ In: a name and a split. Out: an `ImageSet`. Next file: `corruption.py`.
 """
 
 import hashlib
+import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bnnlib.errors import DataNotFound, InvalidValue, check_name
+from bnnlib.downloads import read_published
+from bnnlib.errors import InvalidValue, check_name
 from bnnlib.glyphs import GLYPH_CLASSES, glyphs
+from bnnlib.npz import read_split
 from bnnlib.patterns import PATTERN_CLASSES, patterns
 from bnnlib.shapes import SHAPE_CLASSES, shapes
 
@@ -69,22 +69,12 @@ class ImageSet:
     true_labels: Tensor | None = None  # (N,) int64, where `labels` were drawn anew
 
     def __post_init__(self):
-        shape, kind = tuple(self.images.shape), self.images.dtype
-        if len(shape) != 4 or shape[1] != 3 or kind not in (torch.uint8, torch.float32):
-            raise InvalidValue(
-                f"images must be uint8 or float32 of shape (N, 3, H, W), got {kind} {shape}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
-            raise InvalidValue(
-                f"labels must be int64 of shape ({shape[0]},), "
-                f"got {self.labels.dtype} {tuple(self.labels.shape)}"
-            )
-        classes = len(self.class_names)
-        if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
-            raise InvalidValue(
-                f"labels must be in 0..{classes - 1}, "
-                f"got {int(self.labels.min())}..{int(self.labels.max())}"
-            )
+        _check_images(self.images)
+        if not all(isinstance(name, str) and name for name in self.class_names):
+            raise InvalidValue(f"class_names must be texts, none empty, got {self.class_names}")
+        _check_labels("labels", self.labels, len(self.images), len(self.class_names))
+        if self.true_labels is not None:
+            _check_labels("true_labels", self.true_labels, len(self), len(self.class_names))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,7 +83,7 @@ class ImageSet:
         """The first n images; all of them for None."""
         if n is None:
             return self
-        if not 0 < n <= len(self):
+        if not isinstance(n, int) or not 0 < n <= len(self):
             raise InvalidValue(f"{self.name} {self.split} has {len(self)} images, asked for {n}")
         true = None if self.true_labels is None else self.true_labels[:n]
         return replace(self, images=self.images[:n], labels=self.labels[:n], true_labels=true)
@@ -119,6 +109,29 @@ class ImageSet:
         return digest.hexdigest()
 
 
+def _check_images(images: Tensor) -> None:
+    shape, kind = tuple(images.shape), images.dtype
+    if len(shape) != 4 or shape[1] != 3 or kind not in (torch.uint8, torch.float32):
+        raise InvalidValue(
+            f"images must be uint8 or float32 of shape (N, 3, H, W), got {kind} {shape}"
+        )
+    if images.is_floating_point() and images.numel():
+        lowest, highest = (value.item() for value in images.aminmax())  # NaN passes through both
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise InvalidValue(f"images must be finite, got {lowest}..{highest}")
+
+
+def _check_labels(what: str, labels: Tensor, count: int, classes: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (count,):
+        raise InvalidValue(
+            f"{what} must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InvalidValue(
+            f"{what} must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
 def load(
     name: str | Path,
     split: str,
@@ -129,8 +142,8 @@ def load(
 ) -> ImageSet:
     """The first `n` images (default: all) of one split of a data set.
 
-    - `name`: "svhn" or "cifar10" (real, through torchvision, checked against the published
-      MD5 sums); "glyphs", "shapes" or "patterns" (drawn on the spot, no file needed); or the
+    - `name`: "svhn" or "cifar10" (real, through torchvision, from files with the published
+      checksums); "glyphs", "shapes" or "patterns" (drawn on the spot, no file needed); or the
       path of a `.npz` file, looked for here and in `root`, see `load_npz`.
     - `split`: see `SIZES`. CIFAR-10 "valid" is rows 45,000 to 49,999 of the training set;
       SVHN's splits are those of pylearn2.
@@ -138,19 +151,20 @@ def load(
     - `download`: fetch a real set that is not there.
     - `seed`: which drawing of a drawn set; real sets have none.
 
-    Raises InvalidValue for unknown names and DataNotFound for missing files.
+    Raises InvalidValue for unknown names, DataNotFound for missing files and DamagedFile for
+    files that are not what they should be; with `download` also DownloadFailed and CannotWrite.
     """
     folder = Path(root or os.environ.get("BNNLIB_DATA") or "data")
     name = str(name)
     if name.endswith(".npz"):
         path = Path(name)
-        return load_npz(path if path.is_file() else folder / path, split).first(n)
+        return load_npz(path if os.path.lexists(path) else folder / path, split).first(n)
     check_name("data set", name, DATASETS)
     check_name(f"{name} split", split, SIZES[name])
     if name in DRAWN:
         return _draw(name, split, SIZES[name][split] if n is None else n, seed)
     read = {"cifar10": _cifar10, "svhn": _svhn}[name]
-    images, labels = read(split, lambda kind, **kw: _torchvision(kind, folder, download, **kw))
+    images, labels = read(split, lambda kind, **kw: read_published(kind, folder, download, **kw))
     classes = {"cifar10": CIFAR10_CLASSES, "svhn": SVHN_CLASSES}[name]
     data = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), name, split, classes)
     return data.first(n)
@@ -173,41 +187,6 @@ def _draw(name: str, split: str, n: int, seed: int) -> ImageSet:
 
 
 # ------------------------------------------------------------------------------- real sets
-
-
-def _import_torchvision_datasets() -> ModuleType:
-    """`torchvision.datasets`, also where torchvision's compiled operators cannot load.
-
-    A torchvision built for CUDA beside a CPU-only torch fails on import, while it registers
-    fake versions of operators that are not there ("operator torchvision::nms does not
-    exist"). Its data sets need none of them, so only after that failure the registering
-    module is replaced by an empty one. A matching pair is left alone.
-    """
-    try:
-        import torchvision.datasets
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        registrations = "torchvision._meta_registrations"
-        sys.modules[registrations] = ModuleType(registrations)
-        import torchvision.datasets
-    return torchvision.datasets
-
-
-def _torchvision(kind: str, folder: Path, download: bool, **which):
-    """One of torchvision's data sets, or DataNotFound with what to do."""
-    try:
-        return getattr(_import_torchvision_datasets(), kind)(folder, download=download, **which)
-    except RuntimeError as error:
-        if "not found or corrupted" not in str(error):
-            raise
-        raise DataNotFound(
-            f"{kind} is not in {folder.resolve()}, or its files do not match the published "
-            "MD5 sums; download it (--download, download=True), or set BNNLIB_DATA to the folder "
-            "that holds cifar-10-batches-py or SVHN's .mat files"
-        ) from error
 
 
 Reader = Callable[..., object]
@@ -271,51 +250,12 @@ def load_npz(path: str | Path, split: str) -> ImageSet:
     The arrays of split "train" are named `train_images` and `train_labels`, those of other
     splits likewise; plain `images` and `labels` count as "train". Optional: `heldout`, one
     0 or 1 for each training row, whose rows with 1 then are the split "test"; and
-    `class_names`. Nothing in the file is unpickled.
+    `class_names`, a text for each class. Nothing in the file is unpickled.
 
-    Raises DataNotFound, or InvalidValue where an array is missing or does not fit.
+    Raises DataNotFound; DamagedFile for another kind of file; TooLarge; and InvalidValue where
+    an array is missing or does not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataNotFound(f"no file {path.resolve()}")
-    arrays = _read_npz(path)
-    splits = _npz_splits(arrays)
-    check_name(f"split of {path.name}", split, splits)
-    images, labels = splits[split]
-    if images.dtype != np.uint8:
-        raise InvalidValue(f"{path}: images must be uint8, got {images.dtype}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise InvalidValue(f"{path}: labels must be integers, got {labels.dtype}")
-    count = max(10, int(labels.max(initial=0)) + 1)
-    names = tuple(str(name) for name in arrays.get("class_names", range(count)))
-    labels = torch.tensor(labels.astype(np.int64))
-    return ImageSet(torch.tensor(images), labels, path.stem, split, names)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise InvalidValue(f"{path} is not a .npz file of plain arrays: {error}") from error
-
-
-def _npz_splits(arrays: dict) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every split that the arrays of a file hold, by name."""
-    names = [key.removesuffix("images") for key in arrays if key.endswith("images")]
-    splits = {
-        prefix.removesuffix("_") or "train": (arrays[prefix + "images"], arrays[prefix + "labels"])
-        for prefix in names
-        if prefix + "labels" in arrays
-    }
-    if "heldout" in arrays and "train" in splits:
-        images, labels = splits["train"]
-        heldout = arrays["heldout"].astype(bool)
-        if not len(images) == len(labels) == len(heldout):
-            raise InvalidValue(
-                f"{len(images)} images, {len(labels)} labels and {len(heldout)} values of "
-                "heldout do not fit together"
-            )
-        splits["train"] = images[~heldout], labels[~heldout]
-        splits["test"] = images[heldout], labels[heldout]
-    return splits
+    images, labels, names = read_split(path, split)
+    return ImageSet(
+        torch.from_numpy(images), torch.from_numpy(labels), Path(path).stem, split, names
+    )

@@ -20,6 +20,10 @@ class DataNotFound(BnnlibError, FileNotFoundError):
     """A data set or a run is not on disk; the message says where it was looked for."""
 
 
+class DownloadFailed(BnnlibError, OSError):
+    """A file could not be fetched whole; nothing of it was kept."""
+
+
 class DamagedFile(BnnlibError, ValueError):
     """A file is truncated, altered, or not what its name says. It was not used, nor changed."""
 

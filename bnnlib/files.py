@@ -11,11 +11,11 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from lzma import LZMAError
 from math import isfinite, prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
-from zipfile import BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 import psutil
@@ -28,13 +28,14 @@ from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, TooLarge
 
 LOCK = ".lock"
 MAX_JSON = 64 * 2**20  # bytes; ours are a few kilobytes, those of long histories a few megabytes
+MAX_ARRAYS = 100  # in a `.npz` file; data sets have a handful
 
 # The types that we write, as safetensors names them.
 _TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 # What NumPy and zipfile raise for files that are not what they should be.
-_BAD_ARRAYS = (ValueError, OSError, EOFError, RuntimeError, LookupError, OverflowError)
-_BAD_ARCHIVES = (BadZipFile, zlib.error, LZMAError, struct.error, SyntaxError, TypeError)
+_BAD_ARRAYS = (ValueError, LookupError, OverflowError, TypeError, SyntaxError, TokenError)
+_BAD_ARCHIVES = (BadZipFile, zlib.error, struct.error, EOFError, RuntimeError)
 
 
 # ----------------------------------------------------------------------------------- writing
@@ -265,34 +266,66 @@ def _check_header(path: str | Path, file: Any, expected: Mapping[str, Form]) -> 
         raise DamagedFile(f"{path} does not hold the tensors it should: {shown}")
 
 
+def check_is_file(path: Path) -> None:
+    """Raise DamagedFile where `path` is a folder, a pipe, a device or a link to nothing."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise DamagedFile(
+            f"{path} is a folder, a device or a broken link, not a file; move it away"
+        )
+
+
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a `.npz` file, by name. Nothing in it is unpickled.
 
     Every header is compared with the size of its data before memory is taken. Raises
-    DamagedFile for other files and arrays of objects, TooLarge for what does not fit.
+    DamagedFile for other files and for arrays that are neither numbers nor text, TooLarge for
+    what does not fit into memory.
     """
     try:
         with ZipFile(path) as archive:
-            _check_members(path, archive)
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            members = _checked_members(archive)
+            return {name: _array(archive, member) for name, member in members.items()}
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror or error}") from error
     except (*_BAD_ARRAYS, *_BAD_ARCHIVES) as error:
-        raise DamagedFile(f"{path} is not a .npz file of plain arrays: {error}") from error
+        raise DamagedFile(
+            f"{path} is not a whole .npz file of arrays: {_in_short(error)}; "
+            "write it again with numpy.savez"
+        ) from error
     except MemoryError as error:
-        raise TooLarge(f"{path} does not fit into memory") from error
+        raise TooLarge(f"{path} does not fit into memory: {_in_short(error)}") from error
 
 
-def _check_members(path: str | Path, archive: ZipFile) -> None:
+def _checked_members(archive: ZipFile) -> dict[str, ZipInfo]:
     members = archive.infolist()
+    if len(members) > MAX_ARRAYS:
+        raise ValueError(f"it holds {len(members)} arrays, at most {MAX_ARRAYS} are allowed")
+    if len(members) != _stated_count(archive):
+        raise ValueError("its directory is damaged")
     total, free = sum(m.file_size for m in members), psutil.virtual_memory().available
     if total > free:
-        raise TooLarge(f"{path} unpacks to {in_words(total)}, {in_words(free)} of memory are free")
-    for member in members:
+        raise MemoryError(f"it unpacks to {in_words(total)}, {in_words(free)} are free")
+    named = {member.filename.removesuffix(".npy"): member for member in members}
+    if len(named) < len(members):
+        raise ValueError("two arrays have the same name")
+    for name, member in named.items():
+        if not name.isprintable() or len(name) > 100:
+            raise ValueError(f"an array has the name {name[:100]!r}")
         _check_member(archive, member)
+    return named
+
+
+def _stated_count(archive: ZipFile) -> int:
+    """How many files a ZIP says at its end that it holds; `zipfile` may find fewer, silently."""
+    archive.fp.seek(-22 - len(archive.comment), os.SEEK_END)
+    return struct.unpack_from("<H", archive.fp.read(), 10)[0]
 
 
 def _check_member(archive: ZipFile, member: ZipInfo) -> None:
-    """Raise ValueError unless a member is one plain array that fills it exactly."""
+    """Raise ValueError unless a member is one array of numbers or text that fills it exactly."""
+    name = repr(member.filename)
+    if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed in a way that NumPy does not write")
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -300,10 +333,21 @@ def _check_member(archive: ZipFile, member: ZipInfo) -> None:
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         if version not in readers:
-            raise ValueError(f"{member.filename} has the unknown version {version}")
+            raise ValueError(f"{name} has the unknown version {version}")
         shape, _, dtype = readers[version](file)
-        if dtype.hasobject:
-            raise ValueError(f"{member.filename} holds Python objects, which are never read")
+        if dtype.kind not in "biufcUS" or dtype.itemsize == 0:
+            raise ValueError(f"{name} holds {dtype}, only numbers and text are read")
         size = file.tell() + prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or size != member.file_size:
-            raise ValueError(f"{member.filename} says {shape} of {dtype}, which is not its size")
+            raise ValueError(f"{name} has not the size that it says: {shape} of {dtype}")
+
+
+def _array(archive: ZipFile, member: ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _in_short(error: Exception) -> str:
+    """The start of an error's first line, fit for a terminal; its type where it has no text."""
+    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

@@ -1,7 +1,8 @@
 """`patterns`: images of coin tosses with labels drawn by lot, to count memorized bits.
 
 In: split, number of images, seed. Out: uint8 images (n, 3, 8, 8) and int64 labels (n,). There is
-nothing to learn in them: every label that a network knows, it has stored. Next file: `data.py`.
+nothing to learn in them: every label that a network knows, it has stored. Next file:
+`downloads.py`.
 """
 
 import numpy as np

@@ -130,9 +130,9 @@ def test_noise_is_matched_to_noise(noise):
     torch.testing.assert_close(again.std(), torch.tensor(0.2), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("variance", [0, -0.1, float("nan")])
+@pytest.mark.parametrize("variance", [0, -0.1, float("nan"), float("inf")])
 def test_a_variance_that_is_not_positive_is_refused(noise, variance):
-    with pytest.raises(InvalidValue, match=f"variance must be positive, got {variance}"):
+    with pytest.raises(InvalidValue, match=f"variance must be positive and finite, got {variance}"):
         gaussian_inputs(noise(), variance, seed=1)
 
 

@@ -1,7 +1,7 @@
 import hashlib
+import math
 import os
 import struct
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import bnnlib.data
+from bnnlib.batches import Batches
+from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
 from bnnlib.data import CIFAR10_CLASSES, SIZES, SVHN_CLASSES, ImageSet, load, load_npz
-from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.errors import DamagedFile, DataNotFound, InvalidValue
 
 PIXELS = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -38,6 +40,33 @@ ABC = ("a", "b", "c")
 def test_what_does_not_fit_together_is_refused(images, labels, text):
     with pytest.raises(InvalidValue, match=text):
         ImageSet(images, labels, "mine", "train", ABC)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_images_that_are_not_finite_are_refused(value):
+    images = PIXELS.float()
+    images[2, 1, 0, 1] = value
+    with pytest.raises(InvalidValue, match="images must be finite, got"):
+        ImageSet(images, LABELS, "mine", "train", ABC)
+
+
+@pytest.mark.parametrize(
+    ("true", "text"),
+    [
+        (LABELS.int(), "true_labels must be int64"),
+        (LABELS[:3], r"true_labels must be int64 of shape \(4,\)"),
+        (LABELS + 1, "true_labels must be in 0..2, got 1..3"),
+    ],
+)
+def test_true_labels_are_checked_like_labels(true, text):
+    with pytest.raises(InvalidValue, match=text):
+        ImageSet(PIXELS, LABELS, "mine", "train", ABC, true_labels=true)
+
+
+@pytest.mark.parametrize("names", [("a", "", "c"), ("a", 1, "c")])
+def test_classes_without_a_name_are_refused(names):
+    with pytest.raises(InvalidValue, match="class_names must be texts, none empty"):
+        ImageSet(PIXELS, LABELS, "mine", "train", names)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -210,7 +239,7 @@ def cifar10(monkeypatch):
     train = SimpleNamespace(data=traced(0, labels), targets=labels.tolist())
     test = SimpleNamespace(data=traced(1, labels[:10_000]), targets=labels[:10_000].tolist())
     disk = Disk({True: train, False: test})
-    monkeypatch.setattr(bnnlib.data, "_torchvision", disk.read)
+    monkeypatch.setattr(bnnlib.data, "read_published", disk.read)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +265,7 @@ def svhn(monkeypatch):
     images = [traced(i, labels).transpose(0, 3, 1, 2) for i, labels in enumerate(digits)]
     files = [SimpleNamespace(data=x, labels=y) for x, y in zip(images, digits, strict=True)]
     disk = Disk(dict(zip(FILES, files, strict=True)))
-    monkeypatch.setattr(bnnlib.data, "_torchvision", disk.read)
+    monkeypatch.setattr(bnnlib.data, "read_published", disk.read)
     return disk
 
 
@@ -286,7 +315,7 @@ def test_svhn_is_shuffled_once_by_the_seed_of_pylearn2(svhn):
     assert np.array_equal(load("svhn", "train").images.numpy(), expected)
 
 
-def test_root_and_download_reach_torchvision(svhn, tmp_path, monkeypatch):
+def test_root_and_download_reach_the_reader(svhn, tmp_path, monkeypatch):
     load("svhn", "test", root=tmp_path / "a", download=True)
     monkeypatch.setenv("BNNLIB_DATA", str(tmp_path / "b"))
     load("svhn", "test")
@@ -303,59 +332,8 @@ def test_root_and_download_reach_torchvision(svhn, tmp_path, monkeypatch):
 def test_missing_files_are_reported_with_the_folder_and_the_remedy(name, tmp_path):
     with pytest.raises(DataNotFound) as caught:
         load(name, "train", root=tmp_path)
-    for word in (str(tmp_path), "MD5", "download", "BNNLIB_DATA"):
+    for word in (str(tmp_path), "--download", "download=True", "BNNLIB_DATA"):
         assert word in str(caught.value)
-
-
-# ---------------------------------------------------------------------- importing torchvision
-
-
-@pytest.fixture
-def torchvision_of(tmp_path, monkeypatch):
-    """Puts a torchvision with this `_meta_registrations` in place of the installed one."""
-
-    def is_torchvision(module):
-        return module.split(".")[0] == "torchvision"
-
-    before = {name: module for name, module in sys.modules.items() if is_torchvision(name)}
-    package = tmp_path / "torchvision"
-    (package / "datasets").mkdir(parents=True)
-    (package / "__init__.py").write_text("from torchvision import _meta_registrations\n")
-    (package / "datasets" / "__init__.py").write_text("made_up = True\n")
-
-    def install(registrations):
-        (package / "_meta_registrations.py").write_text(registrations)
-        monkeypatch.syspath_prepend(tmp_path)
-        for name in before:
-            del sys.modules[name]
-
-    yield install
-    for name in [name for name in sys.modules if is_torchvision(name)]:
-        del sys.modules[name]
-    sys.modules.update(before)
-
-
-def test_torchvision_is_importable_beside_this_torch():
-    datasets = bnnlib.data._import_torchvision_datasets()
-    assert issubclass(datasets.CIFAR10, torch.utils.data.Dataset)
-    assert issubclass(datasets.SVHN, torch.utils.data.Dataset)
-
-
-def test_operators_that_are_not_there_are_passed_over(torchvision_of):
-    torchvision_of('raise RuntimeError("operator torchvision::nms does not exist")')
-    assert bnnlib.data._import_torchvision_datasets().made_up
-
-
-def test_a_matching_torchvision_is_left_alone(torchvision_of):
-    torchvision_of("registered = True")
-    assert bnnlib.data._import_torchvision_datasets().made_up
-    assert sys.modules["torchvision._meta_registrations"].registered
-
-
-def test_other_failures_of_the_import_are_shown(torchvision_of):
-    torchvision_of('raise RuntimeError("something else")')
-    with pytest.raises(RuntimeError, match="something else"):
-        bnnlib.data._import_torchvision_datasets()
 
 
 # ------------------------------------------------------------------------------- .npz files
@@ -376,86 +354,12 @@ def npz(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
-def test_plain_images_and_labels_are_the_training_set(npz, dtype):
-    data = load_npz(npz(images=IMAGES, labels=CLASSES.astype(dtype)), "train")
-    assert np.array_equal(data.images.numpy(), IMAGES)
-    assert data.labels.tolist() == CLASSES.tolist()
-    assert (data.name, data.split, data.class_names) == ("mine", "train", tuple("0123456789"))
-
-
-def test_prefixed_arrays_are_splits(npz):
-    path = npz(
-        train_images=IMAGES, train_labels=CLASSES, test_images=IMAGES[:2], test_labels=CLASSES[:2]
-    )
-    assert [len(load_npz(path, split)) for split in ("train", "test")] == [5, 2]
-
-
-def test_heldout_rows_are_the_test_set(npz):
-    path = npz(images=IMAGES, labels=CLASSES, heldout=[0, 1, 0, 0, 1])
-    assert load_npz(path, "train").labels.tolist() == [3, 4, 1]
-    assert load_npz(path, "test").labels.tolist() == [1, 5]
-    assert np.array_equal(load_npz(path, "test").images.numpy(), IMAGES[[1, 4]])
-
-
-def test_class_names_are_read_and_more_classes_are_numbered(npz):
-    names = ["w", "x", "y", "z", "u", "v"]
-    data = load_npz(npz(images=IMAGES, labels=CLASSES, class_names=names), "train")
-    assert data.class_names == tuple(names)
-    data = load_npz(npz(images=IMAGES, labels=CLASSES + 8), "train")
-    assert len(data.class_names) == 14
-
-
-@pytest.mark.parametrize(
-    ("arrays", "text"),
-    [
-        ({"images": IMAGES}, "mine.npz"),
-        ({"labels": CLASSES}, "mine.npz"),
-        ({"images": IMAGES, "labels": CLASSES.astype(float)}, "integers, got float64"),
-        ({"images": IMAGES, "labels": CLASSES - 2}, "got -1..3"),
-        ({"images": IMAGES, "labels": CLASSES[:4]}, r"shape \(5,\)"),
-        ({"images": IMAGES, "labels": CLASSES, "class_names": ["a", "b"]}, "in 0..1, got 1..5"),
-        ({"images": IMAGES.astype(np.float64), "labels": CLASSES}, "float64"),
-        ({"images": IMAGES.astype(np.float32), "labels": CLASSES}, "float32"),
-        ({"images": IMAGES.astype(str), "labels": CLASSES}, "images"),
-        ({"images": IMAGES.transpose(0, 2, 3, 1), "labels": CLASSES}, r"\(5, 2, 2, 3\)"),
-        ({"images": IMAGES, "labels": CLASSES, "heldout": [0, 1]}, "heldout"),
-        ({"images": IMAGES[:4], "labels": CLASSES, "heldout": [0, 1, 0, 0, 1]}, "images|labels"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(npz, arrays, text):
-    with pytest.raises(InvalidValue, match=text):
-        load_npz(npz(**arrays), "train")
-
-
-def test_unknown_split_names_those_of_the_file(npz):
-    path = npz(train_images=IMAGES, train_labels=CLASSES)
-    with pytest.raises(InvalidValue, match=r"'trian'; did you mean 'train'"):
-        load_npz(path, "trian")
-
-
-def test_pickled_objects_are_not_unpickled(npz, tmp_path):
-    class Intruder:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
-    with pytest.raises(InvalidValue, match="plain arrays"):
-        load_npz(npz(images=np.array([Intruder()]), labels=CLASSES), "train")
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
-def test_a_file_that_is_no_npz_is_refused(tmp_path, content):
-    (tmp_path / "mine.npz").write_bytes(content)
-    with pytest.raises(InvalidValue, match=r"mine\.npz"):
-        load_npz(tmp_path / "mine.npz", "train")
-
-
-def test_a_lone_array_is_no_npz(tmp_path):
-    with (tmp_path / "mine.npz").open("wb") as file:
-        np.save(file, IMAGES)
-    with pytest.raises(InvalidValue, match=r"mine\.npz"):
-        load_npz(tmp_path / "mine.npz", "train")
+def test_a_split_of_an_npz_is_an_image_set(npz):
+    path = npz(images=IMAGES, labels=CLASSES, heldout=[0, 0, 0, 1, 1], class_names=list("uvwxyz"))
+    data = load_npz(path, "test")
+    assert torch.equal(data.images, torch.from_numpy(IMAGES[3:]))
+    assert (data.labels.dtype, data.labels.tolist()) == (torch.int64, [1, 5])
+    assert (data.name, data.split, data.class_names) == ("mine", "test", tuple("uvwxyz"))
 
 
 def test_npz_is_looked_for_here_and_then_in_root(npz, tmp_path, monkeypatch):
@@ -470,6 +374,46 @@ def test_npz_is_looked_for_here_and_then_in_root(npz, tmp_path, monkeypatch):
     assert len(load("mine.npz", "train")) == 1
     with pytest.raises(DataNotFound, match=r"yours\.npz"):
         load("yours.npz", "train")
+
+
+def test_a_folder_named_as_the_data_set_is_refused(tmp_path):
+    (tmp_path / "mine.npz").mkdir()
+    with pytest.raises(DamagedFile, match=r"mine\.npz is a folder"):
+        load("mine.npz", "train", root=tmp_path)
+
+
+# ------------------------------------------------------------------------------- small sets
+
+
+@pytest.mark.parametrize("labels", [[3], [3, 3, 3], [9, 0]])
+def test_one_image_one_class_and_absent_classes_work(npz, labels):
+    data = load_npz(npz(images=IMAGES[: len(labels)], labels=labels), "train")
+    assert data.labels.tolist() == labels
+    assert len(data.class_names) == 10
+    assert random_labels(data, seed=0).true_labels.tolist() == labels
+    for corrupt in (shuffled_pixels, random_pixels, gaussian_inputs):
+        assert len(corrupt(data, seed=0)) == len(labels)
+
+
+def test_the_last_batch_holds_what_is_left(npz):
+    data = load_npz(npz(images=IMAGES, labels=CLASSES), "train")
+    batches = Batches(data, 2)
+    assert [len(labels) for _, labels in batches.in_order()] == [2, 2, 1]
+    assert [len(labels) for _, labels in batches.shuffled(torch.Generator())] == [2, 2]
+
+
+@pytest.mark.parametrize("n", [6, 0, -1, 2.5])
+def test_more_images_than_there_are_are_refused_by_name(npz, n):
+    path = npz(images=IMAGES, labels=CLASSES)
+    with pytest.raises(InvalidValue, match=f"mine train has 5 images, asked for {n}"):
+        load(path, "train", n=n)
+
+
+def test_an_empty_set_may_exist_but_makes_no_batches():
+    empty = ImageSet(PIXELS[:0], LABELS[:0], "mine", "train", ABC)
+    assert len(random_labels(empty, seed=0)) == 0
+    with pytest.raises(InvalidValue, match="mine train: no images to make batches of"):
+        Batches(empty, 2)
 
 
 # ------------------------------------------------------------- real sets, where they are kept
