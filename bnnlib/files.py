@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from math import isfinite, prod
 from pathlib import Path
 from tokenize import TokenError
@@ -105,9 +106,9 @@ def write_tensors(
         header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digest, start = hashlib.sha256(), (len(text).to_bytes(8, "little"), text)
     with whole_or_absent(path) as part, part.open("wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
+        for block in chain(start, map(_bytes_of, tensors.values())):  # one tensor at a time
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
