@@ -22,6 +22,7 @@ from bnnlib.experiments import (
     named,
     run,
 )
+from bnnlib.limits import in_words, shown
 from bnnlib.train import describe_row
 
 
@@ -36,7 +37,8 @@ def parse_field(field: str, text: str) -> Any:
     try:
         return _parse(hints[field], text.strip())
     except ValueError as error:
-        raise InvalidValue(f"{field} takes {_in_words(hints[field])}, got {text!r}") from error
+        words = in_words(hints[field], several="{}, or several with commas between them")
+        raise InvalidValue(f"{field} takes {words}, got {shown(text)}") from error
 
 
 def _parse(hint: Any, text: str) -> Any:
@@ -49,23 +51,17 @@ def _parse(hint: Any, text: str) -> Any:
     return hint(text)
 
 
-def _in_words(hint: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    if get_origin(hint) is tuple:
-        return f"{_in_words(get_args(hint)[0])}, or several with commas between them"
-    if NoneType in get_args(hint):
-        return f"{_in_words(get_args(hint)[0])} or none"
-    return words[hint]
-
-
 def with_settings(experiment: Experiment, settings: tuple[str, ...]) -> Experiment:
-    """The experiment with each `field=value` applied."""
+    """The experiment with each `field=value` applied; raises InvalidValue for a field set twice."""
     changes = {}
     for setting in settings:
         field, equals, text = setting.partition("=")
+        field = field.strip()
         if not equals:
-            raise InvalidValue(f"--set takes field=value, got {setting!r}")
-        changes[field.strip()] = parse_field(field.strip(), text)
+            raise InvalidValue(f"--set takes field=value, got {shown(setting)}")
+        if field in changes:
+            raise InvalidValue(f"--set gives {field} twice, the second time as {shown(text)}")
+        changes[field] = parse_field(field, text)
     return replace(experiment, **changes)
 
 

@@ -1,21 +1,23 @@
 """From an experiment to its data and its model; every random act has a seed of its own.
 
-In: an `Experiment`. Out: image sets, a network, a device. Next file: `interrupts.py`.
+In: an `Experiment`. Out: image sets, a network, a device, and the memory they need.
+Next file: `interrupts.py`.
 """
 
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
-from bnnlib.catalogue import Experiment
+from bnnlib.catalogue import EVERY_SPLIT, Experiment
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import DRAWN, ImageSet, load
-from bnnlib.errors import InvalidValue
-from bnnlib.files import Form, forms
-from bnnlib.layers import seed_layers
+from bnnlib.data import DRAWN, SIZES, ImageSet, load
+from bnnlib.errors import InvalidValue, TooLarge
+from bnnlib.files import Form, forms, in_words
+from bnnlib.layers import BinaryLayer, binary_layers, seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
 
 
@@ -70,12 +72,17 @@ def _corrupted(e: Experiment, split: str, data: ImageSet) -> ImageSet:
 
 
 def check_size(network: str, data: ImageSet) -> None:
-    """Raise InvalidValue where the images are not of the size that the network takes."""
-    size, found = ARCHITECTURES[network].image_size, tuple(data.images.shape[2:])
+    """Raise InvalidValue where a network does not take images of that size or so many classes."""
+    takes, found = ARCHITECTURES[network], tuple(data.images.shape[2:])
+    size, classes = takes.image_size, len(data.class_names)
     if found != (size, size):
         raise InvalidValue(
             f"network {network!r} takes images of {size} x {size} pixels, "
             f"those of {data.name} are {found[0]} x {found[1]}"
+        )
+    if classes > takes.classes:
+        raise InvalidValue(
+            f"network {network!r} tells {takes.classes} classes apart, {data.name} has {classes}"
         )
 
 
@@ -96,10 +103,91 @@ def build_model(experiment: Experiment, device: torch.device | str = "cpu") -> n
     return seed_layers(model, stream(e.seed, "random layers"))
 
 
+# ------------------------------------------------------------------- before the first second
+
+
+def _outline(e: Experiment) -> nn.Module:
+    """The network without its numbers: shapes and types, on PyTorch's device "meta".
+
+    Dropout and stochastic weights are left out; they would need a generator and change no shape.
+    """
+    with torch.device("meta"):
+        return binarynet(e.network, generator=torch.Generator(), width=e.width, binary=e.binary)
+
+
 def model_forms(experiment: Experiment) -> dict[str, Form]:
-    """Shape and type of every parameter and average of the experiment's network."""
-    return forms(build_model(experiment).state_dict())
+    """Shape and type of each parameter and average of the network, which is not built for it."""
+    return forms(_outline(experiment).state_dict())
 
 
-def check_memory(experiment: Experiment, device: torch.device) -> None:
-    """Nothing yet."""
+def memory_needed(experiment: Experiment) -> int:
+    """Bytes without which an experiment cannot train: a lower bound, from its second step on.
+
+    Counts the images, the parameters with their gradients and Adam moments, and what one batch
+    keeps for the backward pass. The images of a `.npz` file are not known yet and count nothing.
+    """
+    return sum(_memory_parts(experiment).values())
+
+
+def _memory_parts(e: Experiment) -> dict[str, int]:
+    """Bytes, by the field that would make them fewer."""
+    if e.evaluates:
+        return {}  # it trains nothing, and the network is that of another run
+    model = _outline(e)
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    parts = {f"n_{split}": _image_bytes(e, split) for split in EVERY_SPLIT}
+    if e.epochs == 0:
+        return parts | {"width": parameters}
+    outputs = e.batch_size * _bytes_kept_by_image(model, ARCHITECTURES[e.network].image_size)
+    return parts | {"width": 4 * parameters + _sign_bytes(e, model), "batch_size": outputs}
+
+
+def _image_bytes(e: Experiment, split: str) -> int:
+    if e.dataset not in SIZES:
+        return 0
+    pixel = 4 if e.gaussian_variance and split in e.gaussian_splits else 1  # float32 or uint8
+    side, label = ARCHITECTURES[e.network].image_size, 8
+    return e.images(split) * (3 * side * side * pixel + label)
+
+
+def _sign_bytes(e: Experiment, model: nn.Module) -> int:
+    """The binarized weights that the backward pass needs; a first dense layer needs none."""
+    layers = binary_layers(model)[1:] if e.weights != "real" else []
+    return 4 * sum(layer.weight.numel() for layer in layers)
+
+
+def _bytes_kept_by_image(model: nn.Module, side: int) -> int:
+    """One image of a batch and what the layers make of it, kept for the backward pass."""
+    channels, kept = 3, 4 * 3 * side * side
+    for layer in model:
+        if isinstance(layer, nn.Flatten):
+            side = 1
+            continue
+        if isinstance(layer, nn.MaxPool2d):
+            side //= 2
+            kept += 8 * channels * side * side  # where each maximum was, int64
+        elif isinstance(layer, nn.Conv2d | nn.Linear | BinaryLayer):
+            channels = len(layer.weight)
+        kept += 4 * channels * side * side
+    return kept
+
+
+def check_memory(experiment: Experiment, device: torch.device | str = "cpu") -> None:
+    """Raise TooLarge where the device has less free memory than the experiment needs."""
+    parts, free = _memory_parts(experiment), _free_memory(torch.device(device))
+    needed = sum(parts.values())
+    if needed > free:
+        most = max(parts, key=parts.get)
+        raise TooLarge(
+            f"{experiment.name} needs at least {in_words(needed)} of memory, most of it for "
+            f"{most}={getattr(experiment, most)}, and {in_words(free)} are free; "
+            f"use a smaller {most}"
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    # What earlier runs of this process have freed, PyTorch keeps for the next one.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

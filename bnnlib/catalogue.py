@@ -6,25 +6,22 @@ In: a name, a profile, settings. Out: an `Experiment`. Next file: `variants.py`.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
 
-from bnnlib.data import DATASETS, DRAWN, SIZES
-from bnnlib.errors import InvalidValue, check_name
-from bnnlib.layers import MODES, STATISTICS
-from bnnlib.models import ACTIVATIONS, ARCHITECTURES, DROPOUT_POSITIONS, PENALTY_TARGETS
-from bnnlib.probes import PROBES
-from bnnlib.train import SCHEDULES
-
-EVERY_SPLIT = ("train", "valid", "test")
-PIXEL_ORDERS = ("kept", "shuffled", "random")
+from bnnlib.data import DRAWN, SIZES
+from bnnlib.errors import check_name
+from bnnlib.limits import EVERY_SPLIT, check_fields, defaults_of, fitting, refusing_wrong_names
 
 
+@refusing_wrong_names
 @dataclass(frozen=True)
 class Experiment:
     """Everything that decides a run. Variants: `dataclasses.replace(experiment, field=...)`.
 
-    Raises InvalidValue for a name or number outside what the field allows.
+    NumPy's numbers become Python's, an int a float where the field is one, a list a tuple.
+    Raises InvalidValue for a name, type or number outside what the field allows, and for
+    fields that contradict each other.
     """
 
     name: str
@@ -73,63 +70,9 @@ class Experiment:
     run_folder: str = ""  # the run to evaluate
 
     def __post_init__(self):
-        if not self.dataset.endswith(".npz"):
-            check_name("dataset", self.dataset, DATASETS)
-        check_name("network", self.network, ARCHITECTURES)
-        check_name("schedule", self.schedule, SCHEDULES)
-        check_name("activation", self.activation, ACTIVATIONS)
-        check_name("weights", self.weights, MODES)
-        check_name("evaluation_weights", self.evaluation_weights, MODES)
-        check_name("evaluation_statistics", self.evaluation_statistics, STATISTICS)
-        check_name("dropout_position", self.dropout_position, DROPOUT_POSITIONS)
-        check_name("l2_target", self.l2_target, PENALTY_TARGETS)
-        check_name("pixels", self.pixels, PIXEL_ORDERS)
-        for probe in self.probes:
-            check_name("probe", probe, PROBES)
-        for split in (*self.random_label_splits, *self.gaussian_splits):
-            check_name("split", split, EVERY_SPLIT)
-        self._check_numbers()
-        self._check_together()
-
-    def _check_numbers(self) -> None:
-        for name in ("epochs", "l2", "gaussian_variance", "seed", "corruption_seed", "data_seed"):
-            self._check(name, lambda value: value >= 0, "at least 0")
-        for name in ("batch_size", "evaluate_every", "evaluation_samples"):
-            self._check(name, lambda value: value >= 1, "at least 1")
-        for name in ("width", "lr_start"):
-            self._check(name, lambda value: value > 0, "above 0")
-        for name in ("n_train", "evaluation_rows"):
-            self._check(name, lambda value: value is None or value >= 1, "none or at least 1")
-        for name in ("n_valid", "n_test"):
-            self._check(name, lambda value: value is None or value >= 0, "none or at least 0")
-        self._check("random_labels", lambda value: 0 <= value <= 1, "0 to 1")
-        self._check("dropout", lambda value: len(value) <= 3, "at most three numbers")
-        self._check(
-            "dropout", lambda value: all(0 <= p < 1 for p in value), "at least 0 and below 1"
-        )
-        if self.schedule == "linear":
-            self._check("lr_final", lambda value: value >= 0, "at least 0")
-        else:
-            self._check("lr_final", lambda value: value > 0, "above 0, or the schedule linear")
-
-    def _check_together(self) -> None:
-        """What no field is to blame for alone."""
-        if not self.binary and {self.weights, self.evaluation_weights} != {"deterministic"}:
-            raise InvalidValue("binary=False has real weights; leave the weight modes as they are")
-        if self.dropout_position == "after_activation" and len(self.dropout) > 2:
-            raise InvalidValue(
-                f"dropout after_activation has two places, got dropout={self.dropout}"
-            )
-        if self.evaluation_samples > 1 and self.evaluation_weights != "stochastic":
-            raise InvalidValue(
-                f"evaluation_samples={self.evaluation_samples} needs "
-                f"evaluation_weights='stochastic', got {self.evaluation_weights!r}"
-            )
-
-    def _check(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> None:
-        value = getattr(self, name)
-        if not is_good(value):
-            raise InvalidValue(f"{name} must be {allowed}, got {value}")
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, fitting(name, getattr(self, name), hint))
+        check_fields(self)
 
     @property
     def lr_decay(self) -> float | None:
@@ -141,11 +84,15 @@ class Experiment:
     @property
     def steps(self) -> int | None:
         """Mini-batches trained on in all; None where the size of the set is not known yet."""
-        whole = SIZES.get(self.dataset, {}).get("train")  # None for a .npz file
-        n = self.n_train or whole
-        if n and whole and self.dataset not in DRAWN:
-            n = min(n, whole)
+        n = self.images("train")
         return n and n // self.batch_size * self.epochs
+
+    def images(self, split: str) -> int | None:
+        """Images taken from a split; None where only a `.npz` file knows. It may hold fewer."""
+        n, whole = getattr(self, f"n_{split}"), SIZES.get(self.dataset, {}).get(split)
+        if n is None or (whole is not None and self.dataset not in DRAWN and n > whole):
+            return whole
+        return n
 
     def decisive(self) -> dict[str, Any]:
         """The fields that decide a run: all but the texts for readers."""
@@ -156,7 +103,7 @@ class Experiment:
 
         So a field that is added later, with a default, leaves the digests of old runs alone.
         """
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = defaults_of(self)
         differing = {k: v for k, v in self.decisive().items() if v != defaults[k]}
         return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
 

@@ -7,13 +7,27 @@ Next file: `__main__.py`.
 """
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
-from bnnlib.errors import InvalidValue, unknown_name
+from bnnlib.catalogue import PROFILES
+from bnnlib.data import DATASETS
+from bnnlib.errors import InvalidValue, check_name, unknown_name
+from bnnlib.limits import RANGES, Range, shown
 
 INJECTED = "# Parameters"  # first line of the cell that papermill inserts
+OWN = re.compile(r"(\s|#.*\n)*profile\s*=[^=]")  # how the parameters cell of a chapter begins
 SCALARS = (bool, int, float, str)
+
+# What the parameters of the book's chapters may be.
+TEXTS = ("profile", "dataset", "runs_folder")
+PICTURES = tuple(name for name in DATASETS if name != "patterns")  # those are no pictures
+NUMBERS = {
+    "seed": Range(0, 2**32 - 1),  # what every random generator takes
+    "epochs": RANGES["epochs"],
+    "repeats": Range(1, 1000),
+    "steps": Range(1, 10**6),
+}
 
 
 def read_parameters(source: str) -> dict[str, object]:
@@ -37,15 +51,34 @@ def check_values(given: Mapping[str, object], defaults: Mapping[str, object]) ->
 
 
 def check_parameters(cells: Sequence[str]) -> None:
-    """Check what papermill injected against the chapter's own parameters.
+    """Check the parameters of a chapter, changed by hand or by papermill, before any work.
 
     `cells` are the sources of the cells run so far, in order: IPython's `In`. The injected cell
-    comes right after the parameters cell; without one there is nothing to check.
-    Raises `InvalidValue` for an unknown name or a value of another type.
+    comes after the parameters cell, which begins with `profile = `; the ones run last count.
+    Raises `InvalidValue` for an unknown name, a value of another type, or one out of range.
     """
-    for own, given in pairwise(cells):
-        if given.startswith(INJECTED):
-            return check_values(read_parameters(given), read_parameters(own))
+    own, given = {}, {}
+    for source in cells:
+        if source.startswith(INJECTED):
+            given = read_parameters(source)
+        elif OWN.match(source):
+            own, given = read_parameters(source), {}
+    check_values(given, own)
+    for name, value in (own | given).items():
+        _check_value(name, value, may_be_empty=own[name] == "")
+
+
+def _check_value(name: str, value: object, may_be_empty: bool) -> None:
+    if name in NUMBERS and (type(value) is not int or value not in NUMBERS[name]):
+        raise InvalidValue(
+            f"parameter {name!r} must be a whole number, {NUMBERS[name]}; got {shown(value)}"
+        )
+    if name in TEXTS and type(value) is not str:
+        raise InvalidValue(f"parameter {name!r} must be text; got {shown(value)}")
+    if name == "profile":
+        check_name("profile", value, PROFILES)
+    if name == "dataset" and not (value.endswith(".npz") or (may_be_empty and value == "")):
+        check_name("dataset", value, PICTURES)
 
 
 def _parse(source: str) -> ast.Module:

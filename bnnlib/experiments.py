@@ -126,7 +126,6 @@ def run(
     NotFinite where the numbers are no longer finite; the last good checkpoint is kept.
     """
     where, style = resolve_device(device), progress_style(progress)
-    check_memory(experiment, where)
     folder = None if out is None else Path(out)
     if folder:
         check_folder(folder, experiment)
@@ -134,6 +133,7 @@ def run(
             return _finished(folder, style)
     if experiment.evaluates:
         return _run_evaluation(experiment, folder, root)
+    check_memory(experiment, where)
     sets = prepare_data(experiment, root, download)
     check_fills_batch(len(sets["train"]), experiment.batch_size)
     check_size(experiment.network, sets["train"])

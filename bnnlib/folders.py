@@ -186,11 +186,9 @@ def load_run(folder: str | Path) -> Run:
 
 def _experiment_of(folder: Path, record: dict[str, Any]) -> Experiment:
     """The experiment of a record, whose hash must be the recorded one."""
-    values = record["experiment"]
     try:
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        experiment = Experiment(**tuples)
-    except (TypeError, InvalidValue) as error:
+        experiment = Experiment(**record["experiment"])
+    except InvalidValue as error:
         raise DamagedFile(f"{folder / RECORD} describes no experiment: {error}") from error
     _check_hash(folder / RECORD, experiment.digest(), record.get("experiment_sha256"))
     return experiment

@@ -66,7 +66,8 @@ def _scaled(width: float, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _real_layer(kind: type[nn.Module], generator: torch.Generator, *sizes: int, **kwargs):
     """An ordinary layer with Glorot weights, made without PyTorch's global generator."""
-    layer = nn.utils.skip_init(kind, *sizes, **kwargs)
+    device = torch.empty(0).device  # "meta" inside `with torch.device("meta")`
+    layer = nn.utils.skip_init(kind, *sizes, device=device, **kwargs)
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,7 +1,7 @@
 """What happens inside a network while it memorizes.
 
 In: a model, its evaluations, a history. Out: numbers, as columns of a `History` on request.
-Next file: `catalogue.py`.
+Next file: `limits.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -2,16 +2,27 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from bnnlib.assembly import build_model, prepare_data, resolve_device, stream
+from bnnlib.assembly import (
+    build_model,
+    check_memory,
+    check_size,
+    memory_needed,
+    model_forms,
+    prepare_data,
+    resolve_device,
+    stream,
+)
 from bnnlib.batches import scale_pixels
 from bnnlib.catalogue import published, smoke
 from bnnlib.corruption import random_labels
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import InvalidValue, TooLarge
+from bnnlib.files import forms, in_words
 from bnnlib.variants import named
 
 BASE = smoke(published("svhn-random-labels"))
@@ -38,6 +49,16 @@ def test_seed_decides_the_initial_weights():
     one, same, other = (build_model(replace(BASE, seed=seed)) for seed in (0, 0, 1))
     assert same_weights(one, same)
     assert not torch.equal(one.conv1.weight, other.conv1.weight)
+
+
+def test_the_weights_of_the_twin_are_glorot_draws_in_the_order_of_its_layers():
+    generator = torch.Generator().manual_seed(stream(0, "initial weights"))
+    model = build_model(replace(BASE, binary=False))
+    for name in ("conv1", "conv2", "dense3", "dense4", "dense5"):
+        layer = model.get_submodule(name)
+        expected = torch.nn.init.xavier_uniform_(torch.empty(layer.weight.shape), 1, generator)
+        assert torch.equal(layer.weight, expected)
+        assert not layer.bias.any()
 
 
 def test_data_seed_draws_other_images():
@@ -97,7 +118,9 @@ def test_gaussian_inputs_keep_the_true_labels():
 
 def test_matched_noise_has_the_mean_and_variance_of_the_images_it_replaces():
     e = smoke(named("cifar10-gaussian-matched"))
-    pixels = scale_pixels(prepare_data(replace(e, gaussian_variance=0.0))["train"].images)
+    pixels = scale_pixels(
+        prepare_data(replace(e, gaussian_variance=0.0, gaussian_matched=False))["train"].images
+    )
     x = prepare_data(e)["train"].images
     assert abs(pixels.std().item() - 0.1**0.5) > 0.05  # not what the original's noise has
     # five standard deviations of a mean and a variance of 307,200 values
@@ -146,7 +169,7 @@ def test_labels_of_the_splits_come_from_independent_streams():
 def test_no_more_images_are_taken_than_asked_for_or_there(tmp_path):
     images = np.zeros((30, 3, 8, 8), np.uint8)
     np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(30) % 10)
-    own = replace(BASE, dataset="mine.npz", n_test=0)
+    own = replace(BASE, dataset="mine.npz", n_test=0, batch_size=7)
     sizes = {
         n: len(prepare_data(replace(own, n_train=n), tmp_path)["train"]) for n in (7, 99, None)
     }
@@ -162,3 +185,116 @@ def test_partly_random_labels_are_the_level_asked_for():
     true, half = (prepare_data(replace(BASE, n_train=500, random_labels=r)) for r in (0.0, 0.5))
     expected = random_labels(true["train"], 0.5, seed=stream(0, "labels train"))
     assert torch.equal(half["train"].labels, expected.labels)
+
+
+# ----------------------------------------------------------------------- before any work
+
+
+def test_images_of_another_size_and_too_many_classes_are_refused(noise):
+    check_size("small", noise(size=32))
+    with pytest.raises(InvalidValue, match="images of 32 x 32 pixels, those of noise are 8 x 8"):
+        check_size("small", noise(size=8))
+    many = noise(size=32, classes=tuple("abcdefghijkl"))
+    with pytest.raises(InvalidValue, match="'small' tells 10 classes apart, noise has 12"):
+        check_size("small", many)
+    check_size("small", noise(size=32, classes=("a", "b")))
+
+
+EACH_KIND = [
+    BASE,
+    replace(BASE, binary=False),
+    smoke(named("svhn-dropout-after-activation")),
+    smoke(published("cifar10-stochastic")),
+    replace(BASE, network="svhn", weights="real"),
+    smoke(named("capacity")),
+]
+KINDS = ["binary", "float", "dropout", "stochastic", "real weights", "dense"]
+
+
+@pytest.mark.parametrize("experiment", EACH_KIND, ids=KINDS)
+def test_the_forms_of_a_model_are_known_before_it_is_built(experiment):
+    assert model_forms(experiment) == forms(build_model(experiment).state_dict())
+
+
+def test_no_memory_is_taken_to_know_what_the_widest_network_needs():
+    wide = replace(published("cifar10-random-labels"), width=64.0)
+    assert model_forms(wide)["dense7.weight"] == ((65_536, 524_288), torch.float32)  # 137 GB
+    assert memory_needed(wide) > 16 * 65_536 * 524_288
+
+
+def one_step_kept(experiment):
+    """Bytes that autograd keeps of one batch, but for the parameters themselves; by hooks."""
+    model, kept = build_model(experiment).train(), {}
+    own = {p.data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so no address recurs
+        return tensor
+
+    side = 8 if experiment.network == "dense" else 32
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(torch.zeros(experiment.batch_size, 3, side, side))
+    return logits.nbytes + sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("experiment", EACH_KIND, ids=KINDS)
+def test_no_more_is_counted_for_a_batch_than_autograd_keeps_of_it(experiment):
+    e = replace(experiment, dataset="mine.npz", width=0.25)  # so that no images count
+    parameters = sum(p.nbytes for p in build_model(e).parameters())
+    counted = memory_needed(e) - 4 * parameters  # weights, gradients, both Adam moments
+    kept = one_step_kept(e)
+    assert 0.8 * kept <= counted <= kept
+
+
+def test_the_parts_of_the_original_for_cifar10_are_these():
+    e = replace(published("cifar10-random-labels"), epochs=0)
+    images = 60_000 * (3 * 32 * 32 + 8)
+    assert memory_needed(e) == 4 * 14_033_566 + images
+    float_images = replace(e, gaussian_variance=0.1, gaussian_splits=("train",))
+    assert memory_needed(float_images) == memory_needed(e) + 3 * 45_000 * 3 * 32 * 32
+    assert memory_needed(replace(e, n_train=1000)) == memory_needed(e) - 44_000 * 3080
+    assert memory_needed(replace(e, evaluates="cifar10-random-labels")) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"network": "cifar10", "width": 64.0}, "width=64.0"),
+        ({"batch_size": 1_000_000, "n_train": 1_000_000}, "batch_size=1000000"),
+        ({"n_train": 100_000_000}, "n_train=100000000"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_field_to_change(changes, most, monkeypatch):
+    free = SimpleNamespace(available=21 * 10**9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    experiment = replace(BASE, **changes)
+    with pytest.raises(TooLarge) as caught:
+        check_memory(experiment)
+    text = str(caught.value)
+    needed = in_words(memory_needed(experiment))
+    assert text.startswith(f"svhn-random-labels needs at least {needed} of memory, ")
+    assert f"most of it for {most}, and 21 GB are free; use a smaller {most.split('=')[0]}" in text
+
+
+def test_what_fits_to_the_byte_is_taken(monkeypatch):
+    for missing in (0, 1):
+        free = SimpleNamespace(available=memory_needed(BASE) - missing)
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: free)
+        if missing:
+            with pytest.raises(TooLarge):
+                check_memory(BASE, "cpu")
+        else:
+            check_memory(BASE, "cpu")
+
+
+def test_on_a_gpu_its_own_memory_counts_and_what_pytorch_keeps_for_reuse(monkeypatch):
+    needed = memory_needed(BASE)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (needed - 1000, 10**12))
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 500)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 1500)
+    check_memory(BASE, "cuda:1")
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 1499)
+    with pytest.raises(TooLarge):
+        check_memory(BASE, "cuda:1")

@@ -1,8 +1,12 @@
+import json
+from pathlib import Path
+
 import pytest
 
-from bnnlib.chapters import check_parameters, check_values, read_parameters
+from bnnlib.chapters import NUMBERS, TEXTS, check_parameters, check_values, read_parameters
 from bnnlib.errors import InvalidValue
 
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "book").glob("*.ipynb"))
 OWN = 'profile = "quick"  # size of the run\nepochs = 60\nlr = 0.5\nscaled = True'
 DEFAULTS = {"profile": "quick", "epochs": 60, "lr": 0.5, "scaled": True}
 
@@ -49,8 +53,9 @@ def test_fitting_values_pass(line):
     check_parameters(injected(line))
 
 
-def test_without_injected_cell_there_is_nothing_to_check():
+def test_without_parameters_there_is_nothing_to_check():
     check_parameters(["", "import torch", OWN, "check_parameters(In)"])
+    check_parameters(["", "import torch", "check_parameters(In)"])
     check_parameters([])
 
 
@@ -89,3 +94,122 @@ def test_values_are_checked_without_a_notebook():
     check_values({"lr": 2, "profile": "smoke"}, DEFAULTS)
     with pytest.raises(InvalidValue, match="did you mean 'scaled'"):
         check_values({"scale": True}, DEFAULTS)
+
+
+# ------------------------------------------------------------------ the chapters of the book
+
+
+def sources(path):
+    """The code cells of a notebook up to its check of the parameters, as IPython's `In`."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    last = next(i for i, source in enumerate(code) if "check_parameters(In)" in source)
+    return ["", *code[: last + 1]]
+
+
+def with_injected(cells, line):
+    return [*cells[:-1], f"# Parameters\n{line}\n", cells[-1]]
+
+
+def edited_by_hand(cells, line):
+    name = line.split(" = ")[0]
+    own = [line if x.startswith(f"{name} =") else x for x in cells[-2].splitlines()]
+    return [*cells[:-2], "\n".join(own), cells[-1]]
+
+
+def each_line(values):
+    """Every notebook with each of these values of each parameter that it has."""
+    cases = [
+        pytest.param(path, f"{name} = {value}", id=f"{path.stem}-{name}={value}")
+        for path in NOTEBOOKS
+        for name in read_parameters(sources(path)[-2])
+        for value in values.get(name, ())
+    ]
+    return pytest.mark.parametrize(("path", "line"), cases)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_of_a_chapter_is_checked_and_its_default_fits(path):
+    cells = sources(path)
+    assert set(read_parameters(cells[-2])) <= {*NUMBERS, *TEXTS}
+    check_parameters(cells)
+
+
+GOOD = {
+    "profile": ["'smoke'", "'full'"],
+    "dataset": ["'mine.npz'", "'svhn'"],
+    "seed": ["0", "4294967295"],
+    "epochs": ["0", "1000000"],
+    "repeats": ["1"],
+    "steps": ["1"],
+    "runs_folder": ["'my runs'"],
+}
+BAD = {
+    "profile": ["'quik'", "''", "3"],
+    "dataset": ["'cifar'", "'patterns'", "'set.npy'", "None"],
+    "seed": ["-1", "4294967296", "float('nan')", "0.0", "True", "None", "[1]"],
+    "epochs": ["-1", "1000001", "'many'"],
+    "repeats": ["0", "-3", "2.5"],
+    "steps": ["0", "-1", "True"],
+    "runs_folder": ["3", "None"],
+}
+
+
+@pytest.mark.parametrize("change", [with_injected, edited_by_hand])
+@each_line(GOOD)
+def test_a_chapter_takes_what_is_in_range(path, line, change):
+    check_parameters(change(sources(path), line))
+
+
+@pytest.mark.parametrize("change", [with_injected, edited_by_hand])
+@each_line(BAD)
+def test_a_chapter_refuses_other_values_in_the_cell_after_its_parameters(path, line, change):
+    with pytest.raises(InvalidValue, match=rf"(parameter '|unknown ){line.split()[0]}") as caught:
+        check_parameters(change(sources(path), line))
+    assert line.split(" = ")[1] in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_the_messages_name_parameter_value_and_what_is_allowed():
+    def message(line):
+        with pytest.raises(InvalidValue) as caught:
+            check_parameters(["", 'profile = "quick"\ndataset = ""\nrepeats = 3', line, "check"])
+        return str(caught.value)
+
+    assert message("# Parameters\nrepeats = 0") == (
+        "parameter 'repeats' must be a whole number, 1 to 1,000; got 0"
+    )
+    assert message('# Parameters\ndataset = "shape"') == (
+        "unknown dataset 'shape'; did you mean 'shapes'? "
+        "(allowed: cifar10, svhn, glyphs, shapes, a path ending in .npz)"
+    )
+    assert message('profile = "quick"\nruns_folder = 3') == (
+        "parameter 'runs_folder' must be text; got 3"
+    )
+
+
+EMPTY = 'profile = "quick"\ndataset = ""\nepochs = 0'
+
+
+def test_a_dataset_may_be_empty_only_where_the_chapter_says_so():
+    for own, fits in (('profile = "quick"\ndataset = "svhn"', False), (EMPTY, True)):
+        cells = ["", own, '# Parameters\ndataset = ""', "check_parameters(In)"]
+        if fits:
+            check_parameters(cells)
+        else:
+            with pytest.raises(InvalidValue, match="unknown dataset ''"):
+                check_parameters(cells)
+
+
+def test_in_a_session_the_parameters_run_last_count():
+    first = ["", "import torch", "# mine\n" + EMPTY, "check_parameters(In)", "epochs = -1"]
+    check_parameters([*first, "check_parameters(In)"])  # a cell of the reader's own
+    mistaken = [*first, EMPTY.replace("0", "-5"), "check_parameters(In)"]
+    with pytest.raises(InvalidValue, match="got -5"):
+        check_parameters(mistaken)
+    check_parameters([*mistaken, EMPTY, "check_parameters(In)"])
+    injected = [*mistaken, EMPTY, "# Parameters\nepochs = -7", "check_parameters(In)"]
+    with pytest.raises(InvalidValue, match="got -7"):
+        check_parameters(injected)
+    check_parameters([*injected, "# Parameters\nepochs = 7", "check_parameters(In)"])
+    check_parameters([*injected, EMPTY, "check_parameters(In)"])

@@ -1,12 +1,15 @@
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from bnnlib.__main__ import main, parse_field, with_settings
+from bnnlib.catalogue import Experiment
 from bnnlib.errors import InvalidValue
 from bnnlib.experiments import PUBLISHED, VARIANTS, is_finished, load_run, named, published
 
@@ -182,6 +185,24 @@ RUN = ("run", "svhn-random-labels", "--profile", "smoke", "--out", "unused")
         ((*RUN, "--set", "n_train=few"), "n_train takes a whole number or none, got 'few'"),
         ((*RUN, "--set", "dropout=a,b"), "dropout takes a number, or several with commas"),
         ((*RUN, "--set", "dropout=1.0"), "below 1, got (1.0,)"),
+        ((*RUN, "--set", "dropout=nan"), "dropout must be at most three numbers"),
+        ((*RUN, "--set", "width=nan"), "width must be above 0 and at most 64, got nan"),
+        ((*RUN, "--set", "width=1e999"), "width must be above 0 and at most 64, got inf"),
+        ((*RUN, "--set", "width=0"), "width must be above 0 and at most 64, got 0.0"),
+        ((*RUN, "--set", "lr_start=-inf"), "lr_start must be above 0 and at most 100, got -inf"),
+        ((*RUN, "--set", "epochs=-1"), "epochs must be 0 to 1,000,000, got -1"),
+        ((*RUN, "--set", "epochs=" + "9" * 5000), "epochs takes a whole number, got '999"),
+        ((*RUN, "--set", "epochs=none"), "epochs takes a whole number, got 'none'"),
+        ((*RUN, "--set", "random_labels=50"), "random_labels must be 0 to 1, got 50.0"),
+        ((*RUN, "--set", "n_train=20"), "20 images do not fill one batch of 50; use a larger"),
+        ((*RUN, "--set", "batch_size=0"), "batch_size must be 1 to 1,000,000, got 0"),
+        ((*RUN, "--set", "network=dense"), "network='dense' takes images of 8 x 8 pixels"),
+        ((*RUN, "--set", "binary=false", "--set", "weights=real"), "binary=False has real weights"),
+        ((*RUN, "--set", "l2_target=gamma"), "l2_target='gamma' has no effect with l2=0.0"),
+        ((*RUN, "--set", "run_folder=x"), "run_folder='x' has no effect with evaluates=''"),
+        ((*RUN, "--set", "name=../../x"), "name must be at most 100 letters"),
+        ((*RUN, "--set", "seed=1", "--set", "seed=2"), "--set gives seed twice"),
+        ((*RUN, "--set", "seed=1", "--set", " seed =1"), "--set gives seed twice, the second time"),
         ((*RUN, "--set", "network=smal"), "did you mean 'small'"),
         ((*RUN, "--set", "random_label_splits=trian"), "did you mean 'train'"),
         ((*RUN, "--set", "epochs"), "--set takes field=value, got 'epochs'"),
@@ -263,6 +284,19 @@ def test_a_value_is_read_by_the_type_of_its_field(field, text, value):
 def test_settings_are_applied_together():
     changed = with_settings(published("svhn-l2"), ("schedule=linear", "lr_final=0", "epochs = 3"))
     assert (changed.schedule, changed.lr_final, changed.epochs) == ("linear", 0.0, 3)
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Experiment)])
+@pytest.mark.parametrize("text", ["", "nan", "-1", "1e999", "\x1b[2J", "x" * 2000, "train,train"])
+def test_any_text_for_any_field_is_taken_or_refused_in_one_line(field, text):
+    try:
+        changed = with_settings(published("svhn-l2"), (f"{field}={text}",))
+    except InvalidValue as error:
+        message = str(error)
+        assert re.search(rf"\b{field}\b", message)
+    else:
+        message = str(vars(changed))
+    assert message.isprintable()
 
 
 def test_a_field_that_is_not_there_is_refused():
