@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 import bnnlib.files
-from bnnlib.errors import Interrupted
-from bnnlib.experiments import Experiment, Run, named, run, smoke
+from bnnlib.errors import BnnlibError, Interrupted
+from bnnlib.experiments import Experiment, named, run, smoke
 from bnnlib.optim import BinaryAdam
 
 # Every kind of state that a run has: two generators, moments, averages, signs, half an epoch.
@@ -62,7 +62,7 @@ def live(
     """Run in a process of its own, which sends itself the signal `number` as its fuse burns down.
 
     The fuse is one of `EVENTS` and how many calls of it there are to be; None: no signal. An
-    interrupted run exits with 130.
+    interrupted run exits with 130, a refused one with 1.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.kills", "torch._dynamo"])  # optimizers import it
@@ -81,6 +81,8 @@ def _run(experiment, folder, fuse, number, every) -> None:
         run(experiment, folder, device="cpu", progress="none", checkpoint_every=every)
     except Interrupted:
         sys.exit(130)
+    except BnnlibError:
+        sys.exit(1)
 
 
 def _light(event: str, calls: int, number: int) -> None:
@@ -112,21 +114,3 @@ def kill_until_done(
         event = rng.choice(list(EVENTS))
         ended.append(live(experiment, folder, (event, int(rng.integers(1, EVENTS[event][2])))))
     return ended
-
-
-def differences(one: Run, other: Run) -> list[str]:
-    """What differs between two runs, times aside: history, labels, parameters."""
-    found = []
-    if _text(one) != _text(other):
-        found.append("history")
-    if {k: v.tolist() for k, v in one.labels.items()} != {
-        k: v.tolist() for k, v in other.labels.items()
-    }:
-        found.append("labels")
-    pairs = zip(one.model.state_dict().items(), other.model.state_dict().items(), strict=True)
-    return found + [name for (name, a), (_, b) in pairs if not torch.equal(a, b)]
-
-
-def _text(finished: Run) -> str:
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in finished.history.rows]
-    return str(rows)  # as text, since NaN is not equal to itself

@@ -138,7 +138,7 @@ def describe(name: str, profile: str) -> None:
     default=300.0,
     show_default=True,
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=float,
     help="Least time between two saves of the state.",
 )
 def run_experiment(name, profile, out, settings, device, data, download, checkpoint_every) -> None:

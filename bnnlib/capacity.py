@@ -4,7 +4,6 @@ In: a grid of runs on `patterns`, whose labels are drawn by lot. Out: one row fo
 as a table. Next file: `claims.py`.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -18,9 +17,9 @@ from tqdm import tqdm
 
 from bnnlib.batches import Batches
 from bnnlib.catalogue import Experiment
-from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, InvalidValue
 from bnnlib.experiments import prepare_data, resolve_device, run
-from bnnlib.files import write_json
+from bnnlib.files import LOCK, locked, make_folder, read_json, write_json
 from bnnlib.folders import RESULTS
 from bnnlib.history import History, read_table
 from bnnlib.layers import evaluating
@@ -33,6 +32,7 @@ WIDTHS = (0.125, 0.25, 0.5, 1.0)
 SIZES = (250, 500, 1000, 2000, 4000)  # training images
 STEPS = 4_000  # mini-batches, the same for every size
 SEEDS = (0, 1, 2)  # of weights, order, images and labels
+ABOUT, TABLE = "grid.json", "grid.csv"
 KEY = ("width", "n_train", "epochs", "binary", "seed")  # what differs between the points of a grid
 
 Row = dict[str, float]
@@ -110,38 +110,46 @@ def measure_grid(
     """Measure every point, and keep the table in `folder` after each; known points are kept.
 
     The folder holds `grid.csv` and `grid.json`, which says what all points share. Raises
-    InvalidValue where the folder holds a grid of something else.
+    InvalidValue where the folder holds another grid, FolderInUse where it holds something else.
     """
     folder = Path(folder)
     shared = {name: getattr(CAPACITY, name) for name in (*KEY, "data_seed")}
     base = replace(experiments[0], **shared)
-    rows = _open_grid(folder, base, device)
-    known = {tuple(row[name] for name in KEY) for row in rows}
-    for e in tqdm(experiments, unit="run", disable=progress_style() == "none"):
-        if tuple(getattr(e, name) for name in KEY) not in known:
-            rows.append(measure(e, device))
-            History(rows).save(folder / "grid.csv")
+    _check_grid(folder, base)
+    make_folder(folder)
+    with locked(folder):
+        rows = _open_grid(folder, base, device)
+        known = {tuple(row[name] for name in KEY) for row in rows}
+        for e in tqdm(experiments, unit="run", disable=progress_style() == "none"):
+            if tuple(getattr(e, name) for name in KEY) not in known:
+                rows.append(measure(e, device))
+                History(rows).save(folder / TABLE)
     return rows
 
 
-def _open_grid(folder: Path, base: Experiment, device: str) -> list[Row]:
-    if (folder / "grid.json").is_file():
-        digest = json.loads((folder / "grid.json").read_text())["experiment_sha256"]
-        if digest != base.digest():
+def _check_grid(folder: Path, base: Experiment) -> None:
+    if (folder / ABOUT).is_file():
+        if read_json(folder / ABOUT).get("experiment_sha256") != base.digest():
             raise InvalidValue(f"{folder} holds the grid of another experiment")
+    elif folder.exists() and (not folder.is_dir() or any(p.name != LOCK for p in folder.iterdir())):
+        raise FolderInUse(f"{folder} exists and holds no grid; choose another folder")
+
+
+def _open_grid(folder: Path, base: Experiment, device: str) -> list[Row]:
+    if (folder / TABLE).is_file():
         return load_grid(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise InvalidValue(f"{folder} exists and holds no grid; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     about = {"experiment": asdict(base), "experiment_sha256": base.digest()}
-    write_json(folder / "grid.json", about | environment(resolve_device(device)))
+    write_json(folder / ABOUT, about | environment(resolve_device(device)))
     return []
 
 
 def load_grid(folder: str | Path = STORED) -> list[Row]:
-    """The rows of a grid; raises DataNotFound where the folder holds none."""
-    path = Path(folder) / "grid.csv"
+    """The rows of a grid; raises DataNotFound where the folder holds none, or DamagedFile."""
+    path = Path(folder) / TABLE
     if not path.is_file():
-        raise DataNotFound(f"{path.parent} holds no grid: there is no grid.csv in it")
+        raise DataNotFound(f"{path.parent} holds no grid: there is no {TABLE} in it")
     whole, rows = ("n_train", "seed", "weights"), read_table(path)
-    return [row | {"binary": row["binary"] == 1} | {k: int(row[k]) for k in whole} for row in rows]
+    try:
+        return [r | {"binary": r["binary"] == 1} | {k: int(r[k]) for k in whole} for r in rows]
+    except (LookupError, ValueError, OverflowError) as error:
+        raise DamagedFile(f"{path} is no table of a grid: {error!r}") from error

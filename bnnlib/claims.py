@@ -4,7 +4,6 @@ In: stored runs, and the grid of `capacity`. Out: one row for each claim: its ru
 over the seeds, verdict. Next file: `plots.py`.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,9 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from bnnlib.capacity import STORED, Row, load_grid
+from bnnlib.capacity import ABOUT, STORED, Row, load_grid
+from bnnlib.files import read_json
+from bnnlib.folders import RESULTS
 from bnnlib.history import History
 from bnnlib.probes import epochs_to_reach
 from bnnlib.runs import Run, distance_from_a_guess, profile_of
@@ -313,7 +314,7 @@ def judge(claim: Claim, runs: Sequence[Run], profile: str) -> dict[str, Any]:
 def judge_grid(claim: Claim, folder: str | Path = STORED) -> dict[str, Any]:
     """The same for a claim about the grid of `capacity`."""
     rows = load_grid(folder)
-    about = json.loads((Path(folder) / "grid.json").read_text())
+    about = read_json(Path(folder) / ABOUT)
     data = {f"up to {max(row['n_train'] for row in rows):,} of {about['experiment']['dataset']}"}
     return _row(claim, "grid", data, {about["device"]}) | _verdict(claim, claim.measure(rows))
 
@@ -351,3 +352,14 @@ def _by_seed(runs: Sequence[Run], names: Sequence[str]) -> list[list[Run]]:
     }
     shared = sorted(set.intersection(*(set(of_name) for of_name in found.values())))
     return [[found[name][seed] for seed in shared] for name in names]
+
+
+# ------------------------------------------------------------------------------- reliability
+
+
+def reliability(path: str | Path = RESULTS / "reliability.json") -> list[dict[str, Any]]:
+    """One row for each kind of fault that `python -m benchmarks.faults` tried, and its outcome."""
+    return [
+        {name.replace("_", " "): value for name, value in row.items()}
+        for row in read_json(path)["faults"]
+    ]

@@ -60,6 +60,7 @@ from bnnlib.probes import Recorder, mode_errors
 from bnnlib.runs import (
     Run,
     describe,
+    differences,
     environment,
     is_guessing,
     parameter_hash,
@@ -81,6 +82,7 @@ __all__ = [
     "at_profile",
     "build_model",
     "by_profile",
+    "differences",
     "evaluate_run",
     "full",
     "is_finished",
@@ -126,6 +128,8 @@ def run(
     NotFinite where the numbers are no longer finite; the last good checkpoint is kept.
     """
     where, style = resolve_device(device), progress_style(progress)
+    if not checkpoint_every >= 0:  # NaN is not
+        raise InvalidValue(f"checkpoint_every must be 0 seconds or more, got {checkpoint_every}")
     folder = None if out is None else Path(out)
     if folder:
         check_folder(folder, experiment)
@@ -172,7 +176,7 @@ def _train_in_folder(
     training = _training(result.experiment, sets["train"], device)
     checkpoints = Checkpoints(result.folder, training, every)
     if checkpoints.restore() and style != "none":
-        print(f"{result.folder} goes on after {training.position.text}", file=sys.stderr)
+        print(f"{result.folder}: going on after {training.position.text}", file=sys.stderr)
     check_free_disk(result.folder, checkpoints.needed)
     with deferred_interrupts() as stop_here:
 
@@ -184,8 +188,8 @@ def _train_in_folder(
             _fit(result, training, sets, device, style, after_step, stop_here)
         except Interrupted as interrupt:
             checkpoints.save()
-            here = f"{training.position.text}, saved in {result.folder}"
-            raise Interrupted(f"{interrupt} after {here}; the same run goes on there") from None
+            here = f"{training.position.text}; its state is in {result.folder}"
+            raise Interrupted(f"{interrupt} after {here}, where the same run goes on") from None
     write_tensors(result.folder / PARAMETERS, result.model.state_dict())
     close_folder(result)
     checkpoints.remove()

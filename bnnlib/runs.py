@@ -119,3 +119,35 @@ def distance_from_a_guess(finished: Run) -> float:
 def is_guessing(finished: Run) -> bool:
     """Whether the last test error is within four standard deviations of a blind guess's."""
     return distance_from_a_guess(finished) < 4
+
+
+def differences(one: Run, other: Run) -> list[str]:
+    """What is not equal, to the last bit, in two runs that should be one: names, none at best.
+
+    Compares the columns of the histories, times aside, labels and parameters, where both
+    runs have them.
+    """
+    columns = dict.fromkeys((*one.history.columns, *other.history.columns))
+    pairs = {name: (_column(one, name), _column(other, name)) for name in columns}
+    pairs.pop("seconds", None)
+    if one.labels and other.labels:
+        pairs |= _by_name(one.labels, other.labels)
+    if one.model and other.model:
+        pairs |= _by_name(one.model.state_dict(), other.model.state_dict())
+    return [name for name, (a, b) in pairs.items() if not _same(a, b)]
+
+
+def _column(run: Run, name: str) -> torch.Tensor:
+    rows = run.history.rows
+    return torch.tensor([row.get(name, nan) for row in rows], dtype=torch.float64)
+
+
+def _by_name(one: dict, other: dict) -> dict[str, tuple]:
+    return {name: (one.get(name), other.get(name)) for name in (*one, *other)}
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors are one, where NaN is equal to NaN."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from bnnlib import capacity
 from bnnlib.__main__ import main
 from bnnlib.capacity import load_grid, measure, measure_grid, mutual_information, points
-from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, InvalidValue
 from bnnlib.experiments import CAPACITY, stored_runs
+from bnnlib.files import locked
 
 TINY = points(widths=(0.0625,), sizes=(50, 100), seeds=(0,), steps=4)
 
@@ -115,7 +116,7 @@ def test_a_grid_is_no_run_and_says_what_it_is(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidValue, match="holds no grid"):
+    with pytest.raises(FolderInUse, match="holds no grid"):
         measure_grid(TINY, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "grid.json").write_text('{"experiment_sha256": "another"}')
@@ -123,6 +124,27 @@ def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path):
         measure_grid(TINY, tmp_path)
     with pytest.raises(DataNotFound, match=r"no grid\.csv"):
         load_grid(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["width\n1\n", "n_train,seed,weights,binary\n1,,3,1\n", "a,b\n1\n"]
+)
+def test_a_table_that_is_no_grid_is_refused_by_name(text, tmp_path):
+    (tmp_path / "grid.csv").write_text(text)
+    with pytest.raises(DamagedFile, match=r"grid\.csv is n"):
+        load_grid(tmp_path)
+
+
+def test_a_grid_that_was_stopped_before_its_first_point_begins_again(tmp_path):
+    measure_grid(TINY[:1], tmp_path / "grid", device="cpu")
+    (tmp_path / "grid" / "grid.csv").unlink()
+    assert len(measure_grid(TINY[:1], tmp_path / "grid", device="cpu")) == 1
+
+
+def test_a_grid_that_another_process_measures_is_refused(tmp_path):
+    measure_grid(TINY[:1], tmp_path / "grid", device="cpu")
+    with locked(tmp_path / "grid"), pytest.raises(FolderInUse, match="another process"):
+        measure_grid(TINY, tmp_path / "grid", device="cpu")
 
 
 def test_the_stored_grid_is_whole():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bnnlib.train
-from benchmarks.kills import EXPERIMENT, differences, kill_until_done, live
+from benchmarks.kills import EXPERIMENT, kill_until_done, live
 from bnnlib.batches import Batches
 from bnnlib.catalogue import smoke
 from bnnlib.checkpoints import Checkpoints
@@ -24,6 +24,7 @@ from bnnlib.errors import (
 from bnnlib.experiments import is_finished, load_run, run
 from bnnlib.files import sha256
 from bnnlib.optim import BinaryAdam
+from bnnlib.runs import differences
 from bnnlib.variants import named
 
 SHORT = replace(EXPERIMENT, epochs=3, evaluate_every=2)  # of five steps

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from benchmarks.kills import differences
 from bnnlib.errors import Interrupted
 from bnnlib.experiments import is_finished, load_run, published, run, smoke
 from bnnlib.interrupts import SIGNALS, deferred_interrupts
+from bnnlib.runs import differences
 
 EPOCHS = 40  # about two seconds, which is long enough to be interrupted in
 EXPERIMENT = replace(smoke(published("svhn-random-labels")), epochs=EPOCHS)
@@ -94,7 +94,7 @@ def test_in_a_shell_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     assert "Traceback" not in stderr
     again = subprocess.run(command, **options)
     assert again.returncode == 0, again.stderr
-    assert "out goes on after step" in again.stderr
+    assert "out: going on after step" in again.stderr
     assert differences(uninterrupted, load_run(tmp_path / "out")) == []
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from math import nan
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bnnlib.errors import DamagedFile, DataNotFound
 from bnnlib.experiments import evaluate_run
 from bnnlib.folders import is_finished, load_run, stored_runs
 from bnnlib.history import History
-from bnnlib.runs import is_guessing, parameter_hash, profile_of
+from bnnlib.runs import differences, is_guessing, parameter_hash, profile_of
 from bnnlib.variants import named
 
 
@@ -113,3 +114,24 @@ def test_the_profile_of_an_experiment_is_found_whatever_its_seeds(name, profile)
     assert profile_of(replace(e, **seeds)) == profile.__name__
     assert profile_of(replace(e, width=0.3)) == "own"
     assert profile_of(named(name)) == "full"
+
+
+def test_a_run_differs_in_nothing_from_itself_read_again_and_by_name_from_what_was_changed(
+    finished,
+):
+    one, other = load_run(finished.folder), load_run(finished.folder)
+    assert differences(one, other) == []
+    other.history.rows[1]["train_loss"] += 1e-7
+    other.history.rows[0]["seconds"] += 1
+    other.labels["test"][3] += 1
+    with torch.no_grad():
+        other.model.norm2.bias[0] += 1e-7
+    assert differences(one, other) == ["train_loss", "test", "norm2.bias"]
+    del other.labels["train"], other.history.rows[1:]
+    assert {"train", "test", "epoch", "test_error"} <= set(differences(one, other))
+
+
+def test_nan_is_nan_and_zero_is_zero_in_a_comparison(finished):
+    runs = [replace(finished, history=History([{"a": value}])) for value in (nan, nan, 0.0)]
+    assert differences(runs[0], runs[1]) == []
+    assert differences(runs[0], runs[2]) == ["a"]
