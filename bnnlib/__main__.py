@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import click
 
 from bnnlib.capacity import measure_grid, points
-from bnnlib.errors import BnnlibError, Interrupted, InvalidValue, check_name
+from bnnlib.errors import BnnlibError, Interrupted, InvalidValue, check_name, shown
 from bnnlib.experiments import (
     PROFILES,
     PUBLISHED,
@@ -22,7 +22,7 @@ from bnnlib.experiments import (
     named,
     run,
 )
-from bnnlib.limits import in_words, shown
+from bnnlib.limits import in_words
 from bnnlib.train import describe_row
 
 

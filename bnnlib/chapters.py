@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from bnnlib.catalogue import PROFILES
 from bnnlib.data import DATASETS
-from bnnlib.errors import InvalidValue, check_name, unknown_name
-from bnnlib.limits import RANGES, Range, shown
+from bnnlib.errors import InvalidValue, check_name, shown, unknown_name
+from bnnlib.limits import RANGES, Range
 
 INJECTED = "# Parameters"  # first line of the cell that papermill inserts
 OWN = re.compile(r"(\s|#.*\n)*profile\s*=[^=]")  # how the parameters cell of a chapter begins

@@ -8,6 +8,7 @@ import json
 import re
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile
+from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile, shown
 from bnnlib.files import (
     Form,
     forms,
@@ -27,7 +28,7 @@ from bnnlib.files import (
     sha256,
     write_tensors,
 )
-from bnnlib.history import History
+from bnnlib.history import History, is_column
 from bnnlib.layers import random_generator
 from bnnlib.optim import BinaryAdam
 from bnnlib.probes import Recorder
@@ -95,7 +96,7 @@ class Training:
         """Take over the state in a file. Raises DamagedFile for that of another training."""
         about = _read_about(path)
         if about["experiment_sha256"] != self.digest:
-            raise DamagedFile(f"{path} is the state of another experiment")
+            raise DamagedFile(f"{path} is the state of another experiment; remove it")
         state = read_tensors(path, self._forms(about["steps"]))
         try:
             self._take_over(state, about)
@@ -142,23 +143,10 @@ class Training:
 def _read_about(path: Path) -> dict[str, Any]:
     about = parse_json(read_metadata(path).get("bnnlib", "{}"), path)
     check_format(path, about.get("format"), FORMAT)
-    fits = {
-        "experiment_sha256": lambda v: isinstance(v, str),
-        "steps": is_count,
-        "seconds": lambda v: isinstance(v, float),
-        "updates": lambda v: isinstance(v, list) and all(map(is_count, v)),
-        "history": lambda v: isinstance(v, list) and all(map(_is_row, v)),
-    }
-    for name, fit in fits.items():
-        if not fit(about.get(name)):
-            raise DamagedFile(f"{path} is no checkpoint: its {name!r} is not what it should be")
+    for name, fits in _ABOUT_FORMS.items():
+        if not fits(about.get(name)):
+            raise DamagedFile(f"{path} is no checkpoint: its {name!r} is {shown(about.get(name))}")
     return about
-
-
-def check_format(path: Path, found: object, known: int) -> None:
-    """Raise DamagedFile for a file of a format that this version does not know."""
-    if not is_count(found) or not 1 <= found <= known:
-        raise DamagedFile(f"{path} has format {found!r}; this bnnlib reads formats 1 to {known}")
 
 
 def is_count(value: object) -> bool:
@@ -166,10 +154,38 @@ def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_row(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        v is None or type(v) is float or is_count(v) for v in value.values()
+def is_time(value: object) -> bool:
+    """Whether a value from JSON is a time in seconds, of less than three hundred years."""
+    return type(value) in (int, float) and 0 <= value < 1e10
+
+
+def check_format(path: Path, found: object, known: int) -> None:
+    """Raise DamagedFile for a file of a format that this version does not know."""
+    if not is_count(found) or not 1 <= found <= known:
+        raise DamagedFile(
+            f"{path} has format {shown(found)}; this bnnlib reads formats 1 to {known}"
+        )
+
+
+def _is_history(value: object) -> bool:
+    """Whether these are the rows of a history: of the epochs 1, 2, ..., each with its time."""
+    return isinstance(value, list) and all(
+        isinstance(row, dict)
+        and row.get("epoch") == epoch
+        and is_time(row.get("seconds"))
+        and all(map(is_column, row))
+        and all(v is None or type(v) is float or is_count(v) for v in row.values())
+        for epoch, row in enumerate(value, start=1)
     )
+
+
+_ABOUT_FORMS: dict[str, Callable[[Any], bool]] = {
+    "experiment_sha256": lambda value: isinstance(value, str),
+    "steps": is_count,
+    "seconds": is_time,
+    "updates": lambda value: isinstance(value, list) and all(map(is_count, value)),
+    "history": _is_history,
+}
 
 
 class Checkpoints:
@@ -181,15 +197,20 @@ class Checkpoints:
     def __init__(self, folder: Path, training: Training, every: float):
         self.folder, self.training, self.every = folder / "checkpoints", training, every
         self.saved = time.monotonic()
-        if self.folder.is_symlink():
-            raise DamagedFile(f"{self.folder} is a link, which bnnlib never makes; remove it")
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise DamagedFile(f"{self.folder} is a link or a file, not a folder; remove it")
 
     def paths(self) -> list[Path]:
         """The files, oldest first."""
+        named = {path: NAME.fullmatch(path.name) for path in self._files()}
+        return sorted((p for p in named if named[p]), key=lambda p: int(named[p][1]))
+
+    def _files(self) -> list[Path]:
+        """What bnnlib may have made in the subfolder: files, no links, folders or devices."""
         if not self.folder.is_dir():
             return []
-        named = {path: NAME.fullmatch(path.name) for path in self.folder.iterdir()}
-        return sorted((p for p in named if named[p]), key=lambda p: int(named[p][1]))
+        found = self.folder.glob("checkpoint*")
+        return [path for path in found if path.is_file() and not path.is_symlink()]
 
     @property
     def needed(self) -> int:
@@ -223,10 +244,10 @@ class Checkpoints:
         A damaged file is put aside, under the ending `.damaged`, with a warning.
         """
         for path in reversed(self.paths()):
-            if sha256(path).startswith(NAME.fullmatch(path.name)[2]):
+            if _is_whole(path):
                 self.training.restore(path)
                 return path
-            path.replace(path.with_suffix(".damaged"))
+            _put_aside(path)
             warnings.warn(
                 f"{path} is damaged (its SHA-256 is not the one in its name) and was put aside; "
                 "the state before it is used",
@@ -236,9 +257,26 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """Delete all states of a training that is over."""
-        if self.folder.is_dir():
-            for path in self.folder.glob("checkpoint*"):
+        """Delete all states of a training that is over; what bnnlib did not make stays."""
+        try:
+            for path in self._files():
                 path.unlink()
-            if not any(self.folder.iterdir()):
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
+        except OSError as error:
+            raise CannotWrite(f"{self.folder} cannot be emptied: {error.strerror}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the SHA-256 of a checkpoint is the one in its name."""
+    try:
+        return sha256(path).startswith(NAME.fullmatch(path.name)[2])
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _put_aside(path: Path) -> None:
+    try:
+        path.replace(path.with_suffix(".damaged"))
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be put aside: {error.strerror}") from error

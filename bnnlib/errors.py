@@ -4,6 +4,7 @@ In: a bad value, a bad file, a full disk. Out: an exception whose text is enough
 Next file: `files.py`.
 """
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -53,6 +54,16 @@ class Interrupted(KeyboardInterrupt):
 
     Like any interrupt it passes through `except Exception`.
     """
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: in one line, and not all of what is very long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    try:
+        return " ".join(short.repr(value).split())
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number too long to be shown"
 
 
 def nearest(value: object, allowed: Iterable[str]) -> str:

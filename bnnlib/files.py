@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -25,11 +26,21 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, TooLarge
+from bnnlib.errors import (
+    BnnlibError,
+    CannotWrite,
+    DamagedFile,
+    FolderInUse,
+    InvalidValue,
+    TooLarge,
+    shown,
+)
 
 LOCK = ".lock"
-MAX_JSON = 64 * 2**20  # bytes; ours are a few kilobytes, those of long histories a few megabytes
+MAX_TEXT = 64 * 2**20  # bytes of JSON or CSV; ours are kilobytes, long histories megabytes
+MAX_VALUES = 2_000_000  # in it; each takes far more memory than its text, up to 240 bytes
 MAX_ARRAYS = 100  # in a `.npz` file; data sets have a handful
+SHOWN = 20  # differences in one message
 
 # The types that we write, as safetensors names them.
 _TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
@@ -47,17 +58,22 @@ def whole_or_absent(path: str | Path) -> Iterator[Path]:
     """A path to write to; renamed to `path`, flushed to disk, when the block has ended well.
 
     At any moment, a power cut included, `path` is the old file or the whole new one. Raises
-    CannotWrite where the disk is full or the folder cannot be written to.
+    CannotWrite where the disk is full, the folder cannot be written to, or another process
+    writes the same file.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         part.unlink(missing_ok=True)  # never write through a link that lies in its place
-        part.touch(exist_ok=False)
-        yield part
-        _flush(part)
+        with part.open("xb") as held:
+            yield part
+            _flush(part)
+            if not os.path.samestat(os.fstat(held.fileno()), part.stat()):
+                raise FileExistsError("another process writes it too")
         part.replace(path)
         _flush(path.parent)
+    except BnnlibError:
+        raise  # some of ours are an OSError too
     except OSError as error:
         raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
@@ -125,6 +141,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWrite(f"{folder} cannot be made: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidValue(f"{str(folder)!r} is no name for a folder: {error}") from error
 
 
 @contextmanager
@@ -135,7 +153,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     if path.is_symlink():
-        raise DamagedFile(f"{path} is a link; remove it")
+        raise DamagedFile(f"{path} is a link, which bnnlib never makes; remove it")
     lock = FileLock(path, blocking=False)
     try:
         lock.acquire()
@@ -144,7 +162,8 @@ def locked(folder: Path) -> Iterator[None]:
             f"another process is writing to {folder}; wait for it, or stop it"
         ) from None
     except (OSError, NotImplementedError) as error:
-        raise CannotWrite(f"{path} cannot be locked: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(f"{path} cannot be locked: {reason}") from error
     try:
         yield
     finally:
@@ -164,7 +183,7 @@ def check_free_disk(folder: Path, needed: int) -> None:
 def in_words(size: int) -> str:
     """A number of bytes for people: `in_words(1_500_000)` is '1.5 MB'."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
@@ -182,36 +201,58 @@ def sha256(path: Path) -> str:
 def parse_json(text: str, source: object) -> dict[str, Any]:
     """The object that a JSON text describes; `source` names the text in errors.
 
-    Raises DamagedFile for anything else, NaN and infinity (which JSON lacks) included.
+    Raises DamagedFile for anything else, also for NaN and infinity, which JSON lacks, a name
+    that occurs twice, and more values than `check_length` allows.
     """
-
-    def finite(number: str) -> float:
-        if isfinite(value := float(number)):
-            return value
-        raise ValueError(f"it holds {number}")
-
-    if len(text) > MAX_JSON:
-        raise DamagedFile(f"{source} is longer than {in_words(MAX_JSON)}")
+    check_length(text, source)
     try:
-        content = json.loads(text, parse_constant=finite, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{source} is not JSON: {error}") from error
+        content = json.loads(
+            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
+        )
+    except RecursionError as error:
+        raise DamagedFile(f"{source} is not JSON that can be read: nested too deep") from error
+    except ValueError as error:
+        raise DamagedFile(f"{source} is not JSON that can be read: {error}") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{source} holds no JSON object")
     return content
 
 
-def read_text(path: str | Path, limit: int = MAX_JSON) -> str:
-    """A UTF-8 file of at most `limit` bytes; raises DamagedFile for another."""
+def _finite(number: str) -> float:
+    if isfinite(value := float(number)):
+        return value
+    raise ValueError(f"it holds {shown(number)}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(twice)} occurs twice in one object")
+    return names
+
+
+def check_length(text: str, source: object) -> None:
+    """Raise DamagedFile where a JSON or CSV text holds more than is reasonable to read."""
+    if len(text) > MAX_TEXT:
+        raise DamagedFile(f"{source} is longer than {in_words(MAX_TEXT)}")
+    if sum(map(text.count, "[{,\n")) > MAX_VALUES:
+        raise DamagedFile(f"{source} holds more than {MAX_VALUES:,} values")
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file of at most `MAX_TEXT` bytes; raises DamagedFile for another."""
     path = Path(path)
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise DamagedFile(f"{path} is longer than {in_words(limit)}")
+            content = file.read(MAX_TEXT + 1)
+        if len(content) > MAX_TEXT:
+            raise DamagedFile(f"{path} is longer than {in_words(MAX_TEXT)}")
         return content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedFile(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"{path} is not text in UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -222,49 +263,65 @@ def read_json(path: str | Path) -> dict[str, Any]:
 Form = tuple[tuple[int, ...], torch.dtype]  # what a tensor must be: shape and type
 
 
+def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    """Shape and type of each tensor."""
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
 def read_tensors(path: str | Path, expected: Mapping[str, Form]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be exactly the `expected` ones.
 
     Names, shapes and types are compared with the file's header before any tensor is read.
     Raises DamagedFile with all differences.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_header(path, file, expected)
-            return {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from error
+    with _opened(path) as file:
+        _check_header(path, file, expected)
+        # A copy, because what the library returns is a view of the file.
+        return {name: file.get_tensor(name).clone() for name in expected}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts in a safetensors file's header."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, whose header the library has checked: it describes exactly the rest."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
-    """Shape and type of each tensor."""
-    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        reason = shown(getattr(error, "strerror", None) or str(error))
+        raise DamagedFile(f"{path} is not a whole safetensors file: {reason}") from error
 
 
 def _check_header(path: str | Path, file: Any, expected: Mapping[str, Form]) -> None:
-    found = {}
-    for name in file.keys():  # noqa: SIM118 - not a dict
-        part = file.get_slice(name)
-        found[name] = (tuple(part.get_shape()), _TYPES.get(part.get_dtype(), part.get_dtype()))
-    wrong = [f"no {name}" for name in expected if name not in found]
-    wrong += [f"unknown {name}" for name in found if name not in expected]
+    names = set(file.keys())
+    found = {name: _form_in(file, name) for name in expected if name in names}
+    wrong = [f"no {name}" for name in expected if name not in names]
+    wrong += [f"unknown {shown(name)}" for name in sorted(names - set(expected))]
     wrong += [
-        f"{name} is {found[name][1]} {found[name][0]}, not {form[1]} {form[0]}"
+        f"{name} is {_form_in_words(found[name])}, not {_form_in_words(form)}"
         for name, form in expected.items()
         if name in found and found[name] != form
     ]
     if wrong:
-        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise DamagedFile(f"{path} does not hold the tensors it should: {shown}")
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise DamagedFile(
+            f"{path} does not hold the tensors it should: {'; '.join(wrong[:SHOWN])}{more}"
+        )
+
+
+def _form_in(file: Any, name: str) -> Form:
+    part = file.get_slice(name)
+    return tuple(part.get_shape()), _TYPES.get(part.get_dtype(), part.get_dtype())
+
+
+def _form_in_words(form: Form) -> str:
+    shape, dtype = form
+    return f"{str(dtype).removeprefix('torch.')} {shown(shape)}"
 
 
 def check_is_file(path: Path) -> None:

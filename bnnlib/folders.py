@@ -6,8 +6,10 @@ Next file: `experiments.py`.
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ import torch
 from torch import nn
 
 from bnnlib.assembly import build_model, model_forms
-from bnnlib.catalogue import Experiment
-from bnnlib.checkpoints import check_format, is_count
-from bnnlib.errors import BnnlibWarning, DamagedFile, DataNotFound, FolderInUse, InvalidValue
+from bnnlib.catalogue import EVERY_SPLIT, Experiment
+from bnnlib.checkpoints import check_format, is_count, is_time
+from bnnlib.errors import BnnlibWarning, DamagedFile, DataNotFound, FolderInUse, InvalidValue, shown
 from bnnlib.files import (
     LOCK,
     read_json,
@@ -45,30 +47,63 @@ def is_finished(folder: str | Path) -> bool:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """What `experiment.json` says, its form checked; an old one has no format."""
+    """What `experiment.json` says, its form checked, without what this version does not know.
+
+    An old one has no format.
+    """
     path = folder / RECORD
     record = read_json(path)
     check_format(path, record.get("format", 1), FORMAT)
     for name, fits in _RECORD_FORMS.items():
-        if not fits(record.get(name)):
-            raise DamagedFile(f"{path} describes no run: its {name!r} is not what it should be")
-    return record
+        if not (fits(record.get(name)) or (name in _LATER and name not in record)):
+            raise DamagedFile(f"{path} describes no run: its {name!r} is {shown(record.get(name))}")
+    return {name: record[name] for name in _RECORD_FORMS if name in record}
 
 
-def _maps_names_to(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(type(v) is kind for v in value.values())
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
 
 
-_RECORD_FORMS = {
+def _maps_names_to(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _maps_splits_to(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: (
+        _maps_names_to(fits)(value) and "train" in value and set(value) <= set(EVERY_SPLIT)
+    )
+
+
+def _lists(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _is_surroundings(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == set(_SURROUNDINGS)
+        and all(_RECORD_FORMS[name](value[name]) for name in value)
+    )
+
+
+_SURROUNDINGS = ("versions", "device", "threads", "started")
+_RECORD_FORMS: dict[str, Callable[[Any], bool]] = {
     "experiment": lambda value: isinstance(value, dict),
-    "versions": _maps_names_to(str),
-    "device": lambda value: isinstance(value, str),
+    "experiment_sha256": _is_text,
+    "versions": _maps_names_to(_is_text),
+    "device": _is_text,
     "threads": is_count,
-    "started": lambda value: isinstance(value, str),
-    "images": _maps_names_to(int),
-    "image_sha256": _maps_names_to(str),
-    "label_sha256": _maps_names_to(str),
+    "started": _is_text,
+    "images": _maps_splits_to(lambda value: is_count(value) and value > 0),
+    "corruptions": _maps_splits_to(_lists(_is_text)),
+    "image_sha256": _maps_splits_to(_is_text),
+    "label_sha256": _maps_splits_to(_is_text),
+    "continued": _lists(_is_surroundings),
+    "parameter_sha256": _is_text,
+    "history_sha256": _is_text,
+    "seconds": is_time,
 }
+_LATER = ("continued", "parameter_sha256", "history_sha256", "seconds")  # than the beginning
 
 
 def check_folder(folder: Path, experiment: Experiment) -> None:
@@ -77,16 +112,20 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     Raises FolderInUse for a folder of something else, InvalidValue with the differing fields
     for one of another experiment.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise FolderInUse(f"{folder} is a file; choose another folder")
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise FolderInUse(f"{folder} cannot be looked into: {error.strerror}") from error
     if (folder / RECORD).is_file():
-        links = [path.name for path in folder.iterdir() if path.is_symlink()]
+        links = ", ".join(shown(path.name) for path in there if path.is_symlink())
         if links:
-            raise DamagedFile(f"{folder} holds links, which bnnlib never makes: {', '.join(links)}")
+            raise DamagedFile(f"{folder} holds links, which bnnlib never makes; remove {links}")
         check_same(folder, _experiment_of(folder, _read_record(folder)), experiment)
-    elif any(path.name not in _LEFT_BY_A_FALSE_START for path in folder.iterdir()):
+    elif any(path.name not in _LEFT_BY_A_FALSE_START for path in there):
         raise FolderInUse(f"{folder} holds something that is no run; choose another folder")
 
 
@@ -94,7 +133,7 @@ def check_same(folder: Path, there: Experiment, asked: Experiment) -> None:
     """Raise InvalidValue with the differing fields where the two decide another run."""
     found, wanted = there.decisive(), asked.decisive()
     differing = [
-        f"{field} ({found[field]!r} there, {wanted[field]!r} asked for)"
+        f"{field} ({shown(found[field])} there, {shown(wanted[field])} asked for)"
         for field in found
         if found[field] != wanted[field]
     ]
@@ -112,9 +151,9 @@ def begin_folder(folder: Path, experiment: Experiment, record: dict, labels: dic
         _go_on(folder, record)
     content = {"format": FORMAT, "experiment": asdict(experiment), **record}
     write_json(folder / RECORD, content)
-    if not (folder / LABELS).is_file():
-        with whole_or_absent(folder / LABELS) as part, part.open("wb") as file:
-            np.savez_compressed(file, **{k: v.numpy() for k, v in labels.items()})
+    # Again where the run goes on: a damaged copy would spoil the finished run.
+    with whole_or_absent(folder / LABELS) as part, part.open("wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in labels.items()})
 
 
 def _go_on(folder: Path, record: dict[str, Any]) -> None:
@@ -122,14 +161,14 @@ def _go_on(folder: Path, record: dict[str, Any]) -> None:
     for name in ("images", "image_sha256", "label_sha256"):
         if begun[name] != record[name]:
             raise InvalidValue(
-                f"{folder} was begun with other data: its {name} is {begun[name]}, "
-                f"that of the data here {record[name]}"
+                f"{folder} was begun with other data: its {name} is {shown(begun[name])}, "
+                f"that of the data here {shown(record[name])}"
             )
-    here = {name: record[name] for name in ("versions", "device", "threads", "started")}
+    here = {name: record[name] for name in _SURROUNDINGS}
     changes = [
-        f"{name} {begun[name]} then, {here[name]} now"
-        for name in ("versions", "device", "threads")
-        if begun[name] != here[name]
+        f"{name} {shown(begun[name])} then, {shown(here[name])} now"
+        for name in _SURROUNDINGS
+        if name != "started" and begun[name] != here[name]
     ]
     if changes:
         warnings.warn(
@@ -138,9 +177,8 @@ def _go_on(folder: Path, record: dict[str, Any]) -> None:
             BnnlibWarning,
             stacklevel=2,
         )
-    del begun["experiment"]
-    begun.pop("format", None)
-    record |= begun | {"continued": [*begun.get("continued", []), here]}
+    record |= {name: begun[name] for name in here}
+    record["continued"] = [*begun.get("continued", []), here]
 
 
 def close_folder(result: Run) -> None:
@@ -150,7 +188,8 @@ def close_folder(result: Run) -> None:
     result.record["seconds"] = round(sum(result.history["seconds"]), 3)
     content = {"format": FORMAT, "experiment": asdict(result.experiment), **result.record}
     write_json(result.folder / RECORD, content)
-    (result.folder / LOCK).unlink(missing_ok=True)  # nobody will write here again
+    with suppress(OSError):  # Windows keeps a file that is open
+        (result.folder / LOCK).unlink()  # nobody will write here again
 
 
 def _table_hash(path: Path) -> str:
@@ -166,19 +205,19 @@ def load_run(folder: str | Path) -> Run:
     folder holds no run, DamagedFile with the file that is not what it should be.
     """
     folder = Path(folder)
-    for name in (RECORD, HISTORY):
-        if not (folder / name).is_file():
-            raise DataNotFound(f"{folder} holds no run: there is no {name} in it")
+    if not (folder / RECORD).is_file():
+        raise DataNotFound(f"{folder} holds no run: there is no {RECORD} in it")
     record = _read_record(folder)
+    if not (folder / HISTORY).is_file():
+        raise DataNotFound(f"{folder} holds no run that can be read: there is no {HISTORY} in it")
     experiment = _experiment_of(folder, record)
-    for name in ("experiment", "format"):
-        record.pop(name, None)
+    del record["experiment"]
     _check_hash(folder / HISTORY, _table_hash(folder / HISTORY), record.get("history_sha256"))
     result = Run(experiment, History.load(folder / HISTORY), record, folder=folder)
-    if (folder / PARAMETERS).is_file():
+    if "parameter_sha256" in record and (folder / PARAMETERS).is_file():
         result.model = _load_model(folder / PARAMETERS, experiment)
         found = parameter_hash(result.model)
-        _check_hash(folder / PARAMETERS, found, record.get("parameter_sha256"))
+        _check_hash(folder / PARAMETERS, found, record["parameter_sha256"])
     if (folder / LABELS).is_file():
         result.labels = _load_labels(folder / LABELS, record)
     return result
@@ -197,8 +236,8 @@ def _experiment_of(folder: Path, record: dict[str, Any]) -> Experiment:
 def _check_hash(path: Path, found: str, recorded: str | None) -> None:
     if recorded not in (None, found):
         raise DamagedFile(
-            f"{path} is not as the run left it: SHA-256 {found[:12]}..., recorded "
-            f"{str(recorded)[:12]}..."
+            f"{path} is not as the run left it: its SHA-256 is {found[:12]}..., "
+            f"recorded was {recorded[:12]}..."
         )
 
 
@@ -212,10 +251,13 @@ def _load_model(path: Path, experiment: Experiment) -> nn.Module:
 def _load_labels(path: Path, record: dict[str, Any]) -> dict[str, torch.Tensor]:
     arrays, labels = read_npz(path), {}
     if set(arrays) != set(record["label_sha256"]):
-        raise DamagedFile(f"{path} holds {', '.join(arrays)}, not the splits of its run")
+        raise DamagedFile(f"{path} holds {shown(list(arrays))}, not the splits of its run")
     for split, array in arrays.items():
-        if array.dtype != np.int64 or array.ndim != 1:
-            raise DamagedFile(f"{path}: {split} must be int64 (N,), is {array.dtype} {array.shape}")
+        form = (record["images"].get(split),)
+        if array.dtype != np.int64 or array.shape != form:
+            raise DamagedFile(
+                f"{path}: {split} must be int64 {form}, is {array.dtype} {array.shape}"
+            )
         labels[split] = torch.from_numpy(array)
         found = hashlib.sha256(array.astype("<i8").tobytes()).hexdigest()
         _check_hash(path, found, record["label_sha256"][split])

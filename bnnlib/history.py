@@ -6,11 +6,11 @@ In: one dict of numbers an epoch. Out: columns, and a file. Next file: `train.py
 import csv
 import io
 from dataclasses import dataclass, field
-from math import isfinite, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 
-from bnnlib.errors import DamagedFile, unknown_name
-from bnnlib.files import read_text, whole_or_absent
+from bnnlib.errors import DamagedFile, shown, unknown_name
+from bnnlib.files import check_length, read_text, whole_or_absent
 
 
 def read_table(path: str | Path) -> list[dict[str, float]]:
@@ -18,14 +18,32 @@ def read_table(path: str | Path) -> list[dict[str, float]]:
 
     Raises DamagedFile where a row is longer or shorter than the header, or no row of numbers.
     """
+    text = read_text(path)
+    check_length(text, path)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header, *rows = list(csv.reader(io.StringIO(read_text(path), newline=""))) or [[]]
+        header = next(lines, [])
         if len(set(header)) < len(header):
             raise ValueError("two columns have one name")
-        cells = [zip(header, row, strict=True) for row in rows]
-        return [{name: float(cell) if cell else nan for name, cell in row} for row in cells]
+        if strange := [name for name in header if not is_column(name)]:
+            raise ValueError(f"a column has the name {shown(strange[0])}")
+        return [_row(header, cells, lines.line_num) for cells in lines]
     except (csv.Error, ValueError) as error:
         raise DamagedFile(f"{path} is not a table of numbers: {error}") from error
+
+
+def is_column(name: str) -> bool:
+    """Whether this may be the name of a column: short, and safe to show."""
+    return 0 < len(name) <= 100 and name.isprintable()
+
+
+def _row(header: list[str], cells: list[str], line: int) -> dict[str, float]:
+    if len(cells) != len(header):
+        raise ValueError(f"line {line} has {len(cells)} cells, the header {len(header)}")
+    try:
+        return {name: float(cell or "nan") for name, cell in zip(header, cells, strict=True)}
+    except ValueError as error:
+        raise ValueError(f"line {line}: {shown(str(error))}") from None
 
 
 def _cell(value: float) -> str:
@@ -59,8 +77,8 @@ class History:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def last(self, column: str) -> float:
-        """The value after the last epoch."""
-        return self[column][-1]
+        """The value after the last epoch; NaN where there was none."""
+        return self[column][-1] if self.rows else nan
 
     def save(self, path: str | Path) -> None:
         """Write a CSV file with a header, whole or not at all."""
@@ -74,7 +92,7 @@ class History:
         """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
         rows = read_table(path)
         for row in rows:
-            if not isfinite(row.get("epoch", nan)):
-                raise DamagedFile(f"{path} is no history: a row has no epoch")
+            if not row.get("epoch", nan).is_integer():
+                raise DamagedFile(f"{path} is no history: a row has no epoch, a whole number")
             row["epoch"] = int(row["epoch"])
         return cls(rows)

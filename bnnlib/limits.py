@@ -5,7 +5,6 @@ and what is allowed. Next file: `catalogue.py`.
 """
 
 import re
-import reprlib
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
@@ -16,7 +15,7 @@ from typing import Any, get_args, get_origin
 import numpy as np
 
 from bnnlib.data import DATASETS, SIZES
-from bnnlib.errors import InvalidValue, check_name
+from bnnlib.errors import InvalidValue, check_name, shown
 from bnnlib.layers import MODES, STATISTICS
 from bnnlib.models import ACTIVATIONS, ARCHITECTURES, DROPOUT_POSITIONS, PENALTY_TARGETS
 from bnnlib.patterns import SIDE
@@ -97,16 +96,6 @@ NEEDS = {
 }
 BINARY_PROBES = {"flips", "saturation", "modes"}  # say nothing about real-valued weights
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # folders are named by `name`
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: in one line, and not all of what is very long."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 100
-    try:
-        return " ".join(short.repr(value).split())
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        return "a number too long to be shown"
 
 
 def in_words(hint: Any, several: str = "a tuple, each part {}") -> str:
@@ -260,7 +249,7 @@ def refusing_wrong_names(cls: type) -> type:
     generated = cls.__init__
 
     @wraps(generated)
-    def __init__(self, *values, **named):
+    def __init__(self, /, *values, **named):
         names = [f.name for f in fields(cls)]
         for name in named:
             check_name("field", name[:100], names)  # a file may hold names of any length

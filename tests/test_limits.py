@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnnlib.catalogue import Experiment, published, smoke
-from bnnlib.errors import BnnlibError, InvalidValue
-from bnnlib.limits import RANGES, shown
+from bnnlib.errors import BnnlibError, InvalidValue, shown
+from bnnlib.limits import RANGES
 
 BASE = smoke(published("svhn-random-labels"))
 LONG = "x" * 10**7

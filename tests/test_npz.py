@@ -6,10 +6,10 @@ from zipfile import ZIP_BZIP2, ZipFile
 
 import numpy as np
 import pytest
-from mutations import mutations
 
 import bnnlib.files
 import bnnlib.npz
+from benchmarks.mutations import mutations
 from bnnlib.data import load_npz
 from bnnlib.errors import BnnlibError, DamagedFile, DataNotFound, InvalidValue, TooLarge
 from bnnlib.npz import read_split

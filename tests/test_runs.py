@@ -1,7 +1,6 @@
 """What a run leaves in its folder, and how it is found and read again."""
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from math import nan
 
@@ -10,9 +9,7 @@ import torch
 
 from bnnlib.assembly import prepare_data
 from bnnlib.catalogue import reduced, smoke
-from bnnlib.errors import DamagedFile, DataNotFound
-from bnnlib.experiments import evaluate_run
-from bnnlib.folders import is_finished, load_run, stored_runs
+from bnnlib.folders import load_run
 from bnnlib.history import History
 from bnnlib.runs import differences, is_guessing, parameter_hash, profile_of
 from bnnlib.variants import named
@@ -49,39 +46,6 @@ def test_the_hash_of_the_parameters_changes_with_each_of_them(finished):
     assert len(hashes) == 4
 
 
-def test_a_run_is_read_as_it_was_kept(finished):
-    loaded = load_run(finished.folder)
-    assert loaded.experiment == finished.experiment
-    assert loaded.record == finished.record
-    assert same_weights(loaded.model, finished.model)
-    assert {split: y.tolist() for split, y in loaded.labels.items()} == {
-        split: y.tolist() for split, y in finished.labels.items()
-    }
-    for row, kept in zip(loaded.history.rows, finished.history.rows, strict=True):
-        assert row == pytest.approx(kept, rel=1e-8, nan_ok=True)
-    assert evaluate_run(loaded, rows=None) == evaluate_run(finished, rows=None)
-
-
-def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
-    assert not is_finished(tmp_path)
-    with pytest.raises(DataNotFound, match=r"no experiment\.json"):
-        load_run(tmp_path)
-
-
-def test_a_folder_without_a_history_cannot_be_loaded(folder):
-    (folder / "history.csv").unlink()
-    with pytest.raises(DataNotFound, match=r"history\.csv"):
-        load_run(folder)
-
-
-def test_a_record_with_an_unknown_field_is_refused(folder):
-    record = json.loads((folder / "experiment.json").read_text())
-    record["experiment"]["epoch"] = record["experiment"].pop("epochs")
-    (folder / "experiment.json").write_text(json.dumps(record))
-    with pytest.raises(DamagedFile, match=r"experiment\.json describes no experiment.*'epoch'"):
-        load_run(folder)
-
-
 # --------------------------------------------------------------------- many runs, and in words
 
 
@@ -91,18 +55,6 @@ def test_a_guess_is_wrong_nine_times_in_ten_within_four_standard_deviations(
 ):
     history = History([{"test_error": error}])  # 100 images: one standard deviation is 3 points
     assert is_guessing(replace(finished, history=history)) is guessing
-
-
-def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "unfinished")
-    record = json.loads((folder / "experiment.json").read_text())
-    del record["seconds"]
-    (tmp_path / "unfinished" / "experiment.json").write_text(json.dumps(record))
-    found = stored_runs(root=tmp_path)
-    assert [r.folder for r in found] == [folder]
-    assert len(stored_runs("svhn-random-labels", tmp_path)) == 1
-    assert stored_runs("cifar10-dropout", tmp_path) == []
-    assert stored_runs(root=tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("profile", [smoke, reduced])

@@ -8,8 +8,6 @@ from torch import nn
 
 from bnnlib.batches import Batches
 from bnnlib.errors import InvalidValue, NotFinite
-from bnnlib.files import whole_or_absent
-from bnnlib.history import History
 from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet, penalized_parameters
@@ -413,75 +411,6 @@ def test_after_each_epoch_the_history_so_far_is_handed_out(start):
     lengths = []
     fitted(start, after_epoch=lambda history: lengths.append(len(history)))
     assert lengths == [1, 2, 3]
-
-
-# ---------------------------------------------------------------------------------- history
-
-
-def test_history_is_read_as_it_was_written(start, tmp_path):
-    history, _ = fitted(start, evaluate_every=2)
-    path = tmp_path / "history.csv"
-    history.save(path)
-    loaded = History.load(path)
-    assert [list(row) for row in loaded.rows] == [list(row) for row in history.rows]
-    for row, saved in zip(loaded.rows, history.rows, strict=True):
-        assert list(row.values()) == pytest.approx(list(saved.values()), rel=1e-8, nan_ok=True)
-        assert isinstance(row["epoch"], int)
-    assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
-
-
-def test_rows_of_different_columns_are_kept_with_gaps(tmp_path):
-    history = History([{"epoch": 1, "late": nan}, {"epoch": 2, "b": 0.5}, {"a": 3.0, "epoch": 3}])
-    assert history.columns == ["epoch", "late", "b", "a"]
-    history.save(tmp_path / "history.csv")
-    assert (tmp_path / "history.csv").read_text().split() == [
-        "epoch,late,b,a",
-        "1,,,",
-        "2,,0.5,",
-        "3,,,3",
-    ]
-    loaded = History.load(tmp_path / "history.csv")
-    assert loaded.columns == history.columns
-    for column in history.columns:
-        assert loaded[column] == pytest.approx(history[column], nan_ok=True)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "kept"
-    path.write_text("old")
-
-    def write_half():
-        with whole_or_absent(path) as part:
-            part.write_text("half")
-            raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="the disk is full"):
-        write_half()
-    assert path.read_text() == "old"
-    with whole_or_absent(path) as part:
-        part.write_text("new")
-    assert path.read_text() == "new"
-    assert not part.exists()
-
-
-def test_what_was_loaded_is_saved_without_a_change(start, tmp_path):
-    fitted(start)[0].save(tmp_path / "one.csv")
-    History.load(tmp_path / "one.csv").save(tmp_path / "two.csv")
-    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
-
-
-def test_a_history_without_epochs_is_kept_too(tmp_path):
-    History().save(tmp_path / "history.csv")
-    assert History.load(tmp_path / "history.csv").rows == []
-
-
-def test_columns_by_name():
-    history = History([{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": 1.0}])
-    assert len(history) == 2
-    assert history["train_loss"] == [2.0, 1.0]
-    assert history.last("train_loss") == 1.0
-    with pytest.raises(InvalidValue, match="'trainloss'; did you mean 'train_loss'"):
-        history["trainloss"]
 
 
 # --------------------------------------------------------------------------------- progress
