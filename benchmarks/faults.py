@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.kills import EXPERIMENT, kill_until_done, live
-from benchmarks.mutations import count_outcomes, mutations
+from benchmarks.mutations import count_all_outcomes, mutations
 from bnnlib.data import load_npz
 from bnnlib.errors import BnnlibError, BnnlibWarning, CannotWrite, NotFinite
 from bnnlib.experiments import RESULTS, Experiment, Run, load_run, named, run, smoke
@@ -207,18 +207,12 @@ def two_processes(shop: Workshop) -> Row:
 
 
 def strangers(shop: Workshop) -> Iterator[Row]:
-    """Random damage to every file of a run, each read and its run continued."""
-    runs = dict.fromkeys(("experiment.json", "history.csv", "labels.npz"), shop.whole.folder)
-    runs["parameters.safetensors"] = shop.whole.folder
-    unfinished = shop.unfinished(8)
-    newest = max((unfinished / "checkpoints").iterdir()).relative_to(unfinished)
-    for name, folder in (runs | {str(newest): unfinished}).items():
-        contents = mutations((folder / name).read_bytes(), shop.count(4000), seed=0)
-        workshop = shop.new()
-        workshop.mkdir()
-        counts = count_outcomes(folder, name, SHORT, contents, workshop)
-        kind = "checkpoint" if folder is unfinished else name
-        yield _refusals(f"altered {kind}", counts["refused"], counts["harmless"])
+    """Random damage to every file of a run, finished or not; each is loaded and run again."""
+    root = shop.new()
+    root.mkdir()
+    for name, counts in count_all_outcomes(root, shop.count(4000), seed=0).items():
+        kind = "unfinished/checkpoint" if "checkpoint" in name else name
+        yield _refusals(f"altered file of a stranger, {kind}", **counts)
 
 
 def user_data(shop: Workshop) -> Row:
@@ -238,7 +232,7 @@ def user_data(shop: Workshop) -> Row:
     return _refusals("altered .npz file", refused, harmless)
 
 
-def _refusals(fault: str, refused: int, harmless: int) -> Row:
+def _refusals(fault: str, refused: int = 0, harmless: int = 0) -> Row:
     told = f"{refused} refused by name, {harmless} without effect"
     return Row(fault, refused + harmless, refused + harmless, told)
 

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,8 @@ class Training:
         state = {"generator.order": position.order if begun else self.order.get_state()}
         if sampling is not None:
             state["generator.layers"] = sampling.get_state()
+        if position.history:
+            state["history"] = _table(position.history)
         if position.losses:
             state["epoch.losses"] = torch.stack(position.losses)
             state["epoch.wrong"] = torch.stack(position.wrong)
@@ -72,15 +73,15 @@ class Training:
         return state | {f"signs.{name}": sign for name, sign in self.recorder.signs.items()}
 
     def about(self) -> dict[str, Any]:
-        """The rest of the state, as JSON has it: NaN is null."""
-        rows = self.position.history.rows
+        """The rest of the state, as JSON has it."""
         return {
             "format": FORMAT,
             "experiment_sha256": self.digest,
+            "epochs": len(self.position.history),
             "steps": len(self.position.losses),  # of the epoch under way
             "seconds": time.perf_counter() - self.position.started,
             "updates": [group.get("step", 0) for group in self.optimizer.param_groups],
-            "history": [{k: None if isnan(v) else v for k, v in r.items()} for r in rows],
+            "columns": self.position.history.columns,
         }
 
     def save(self, path: Path) -> str:
@@ -97,15 +98,17 @@ class Training:
         about = _read_about(path)
         if about["experiment_sha256"] != self.digest:
             raise DamagedFile(f"{path} is the state of another experiment; remove it")
-        state = read_tensors(path, self._forms(about["steps"]))
+        state = read_tensors(path, self._forms(about))
         try:
             self._take_over(state, about)
         except (RuntimeError, ValueError) as error:
             raise DamagedFile(f"{path} holds no state of this training: {error}") from error
 
-    def _forms(self, steps: int) -> dict[str, Form]:
-        """What a file must hold for this training, `steps` steps into an epoch."""
-        form = forms(self.tensors())
+    def _forms(self, about: dict[str, Any]) -> dict[str, Form]:
+        """What a file must hold for this training, where it was when the file was written."""
+        form, epochs, steps = forms(self.tensors()), about["epochs"], about["steps"]
+        if epochs:
+            form |= {"history": ((epochs, len(about["columns"])), torch.float64)}
         if steps:
             form |= {"epoch.losses": ((steps,), torch.float32)}
             form |= {"epoch.wrong": ((steps,), torch.int64)}
@@ -131,13 +134,28 @@ class Training:
 
     def _take_position(self, state: dict[str, Tensor], about: dict[str, Any]) -> None:
         device = next(self.model.parameters()).device
-        rows = [{k: nan if v is None else v for k, v in row.items()} for row in about["history"]]
-        self.position.history = History(rows)
+        if about["epochs"]:
+            self.position.history = _history(state["history"], about["columns"])
         self.position.order = state["generator.order"]
         self.position.started = time.perf_counter() - about["seconds"]
         if about["steps"]:
             self.position.losses = list(state["epoch.losses"].to(device).unbind())
             self.position.wrong = list(state["epoch.wrong"].to(device).unbind())
+
+
+def _table(history: History) -> Tensor:
+    """(epochs, columns) float64; NaN where a row lacks a column."""
+    return torch.tensor([history[name] for name in history.columns], dtype=torch.float64).T
+
+
+def _history(table: Tensor, columns: list[str]) -> History:
+    """The history of a table; raises ValueError unless its epochs are 1, 2, ..., with times."""
+    rows = [dict(zip(columns, values, strict=True)) for values in table.tolist()]
+    for number, row in enumerate(rows, start=1):
+        if row.get("epoch") != number or not is_time(row.get("seconds")):
+            raise ValueError(f"row {number} of its history is not that of epoch {number}")
+        row["epoch"] = number
+    return History(rows)
 
 
 def _read_about(path: Path) -> dict[str, Any]:
@@ -167,24 +185,19 @@ def check_format(path: Path, found: object, known: int) -> None:
         )
 
 
-def _is_history(value: object) -> bool:
-    """Whether these are the rows of a history: of the epochs 1, 2, ..., each with its time."""
-    return isinstance(value, list) and all(
-        isinstance(row, dict)
-        and row.get("epoch") == epoch
-        and is_time(row.get("seconds"))
-        and all(map(is_column, row))
-        and all(v is None or type(v) is float or is_count(v) for v in row.values())
-        for epoch, row in enumerate(value, start=1)
-    )
+def _are_columns(value: object) -> bool:
+    """Whether this is a list of different column names."""
+    texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return texts and all(map(is_column, value)) and len(set(value)) == len(value)
 
 
 _ABOUT_FORMS: dict[str, Callable[[Any], bool]] = {
     "experiment_sha256": lambda value: isinstance(value, str),
+    "epochs": is_count,
     "steps": is_count,
     "seconds": is_time,
     "updates": lambda value: isinstance(value, list) and all(map(is_count, value)),
-    "history": _is_history,
+    "columns": _are_columns,
 }
 
 

@@ -38,12 +38,18 @@ from bnnlib.errors import (
 
 LOCK = ".lock"
 MAX_TEXT = 64 * 2**20  # bytes of JSON or CSV; ours are kilobytes, long histories megabytes
-MAX_VALUES = 2_000_000  # in it; each takes far more memory than its text, up to 240 bytes
+MAX_VALUES = 6_000_000  # in it; each takes far more memory than its text, up to 240 bytes
 MAX_ARRAYS = 100  # in a `.npz` file; data sets have a handful
 SHOWN = 20  # differences in one message
 
 # The types that we write, as safetensors names them.
-_TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+_TYPES = {
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 # What NumPy and zipfile raise for files that are not what they should be.
 _BAD_ARRAYS = (ValueError, LookupError, OverflowError, TypeError, SyntaxError, TokenError)

@@ -49,7 +49,7 @@ class Range:
 LONGEST_TEXT = 1000  # characters
 IMAGES, SEEDS = 10**8, Range(0, 2**63 - 1)
 RANGES = {
-    "epochs": Range(0, 10**6),
+    "epochs": Range(0, 10**5),
     "lr_start": Range(0, 100, above=True),
     "lr_final": Range(0, 100),
     "batch_size": Range(1, 10**6),

@@ -139,7 +139,7 @@ GOOD = {
     "profile": ["'smoke'", "'full'"],
     "dataset": ["'mine.npz'", "'svhn'"],
     "seed": ["0", "4294967295"],
-    "epochs": ["0", "1000000"],
+    "epochs": ["0", "100000"],
     "repeats": ["1"],
     "steps": ["1"],
     "runs_folder": ["'my runs'"],

@@ -36,7 +36,7 @@ LONG = "x" * 10**7
         ("pixels", "shuffle", "did you mean 'shuffled'"),
         ("probes", ("flips", "part"), "unknown entry of probes 'part'; did you mean 'parts'"),
         ("evaluation_samples", 0, "evaluation_samples must be 1 to 10,000, got 0"),
-        ("epochs", -1, "epochs must be 0 to 1,000,000, got -1"),
+        ("epochs", -1, "epochs must be 0 to 100,000, got -1"),
         ("batch_size", 0, "batch_size must be 1 to 1,000,000, got 0"),
         ("evaluate_every", 0, "evaluate_every must be 1 to 1,000,000, got 0"),
         ("width", 0.0, "width must be above 0 and at most 64, got 0.0"),

@@ -5,7 +5,9 @@ import os
 import pickle
 import shutil
 import socket
+import struct
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +199,8 @@ WRONG_STATES = {
     "steps": -1,
     "seconds": 1e300,
     "updates": [1.5],
-    "history": [{"epoch": 1, "seconds": 1e300}],
+    "columns": ["epoch", "epoch"],
+    "epochs": True,
 }
 
 
@@ -211,6 +214,24 @@ def test_a_checkpoint_with_a_wrong_entry_is_refused_by_its_name(entry, value, sp
     (copy / name).write_bytes(join_tensors(header, data))
     name_by_content(copy / name)
     with pytest.raises(DamagedFile, match=rf"safetensors (is no checkpoint: its|has) '?{entry}"):
+        run(EXPERIMENT, copy, device="cpu", progress="none")
+
+
+WRONG_CELLS = [("epoch", value) for value in (2.0, 1.5, nan, inf, -1.0)]
+WRONG_CELLS += [("seconds", value) for value in (nan, inf, -1.0, 1e300)]
+
+
+@pytest.mark.parametrize(("column", "value"), WRONG_CELLS)
+def test_a_checkpoint_with_a_history_of_no_run_is_refused(column, value, specimen, tmp_path):
+    folder, name = specimen("unfinished", CHECKPOINT)
+    header, data = split_tensors((folder / name).read_bytes())
+    place = json.loads(header["__metadata__"]["bnnlib"])["columns"].index(column)
+    start = header["history"]["data_offsets"][0] + 8 * place
+    data = data[:start] + struct.pack("<d", value) + data[start + 8 :]
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    (copy / name).write_bytes(join_tensors(header, data))
+    name_by_content(copy / name)
+    with pytest.raises(DamagedFile, match="row 1 of its history is not that of epoch 1"):
         run(EXPERIMENT, copy, device="cpu", progress="none")
 
 
@@ -329,7 +350,7 @@ def peak_memory():
 
 ABSURD = {
     "a wide network": {"network": "cifar10", "dataset": "glyphs", "width": 64.0},
-    "all epochs": {"epochs": 10**6},
+    "all epochs": {"epochs": 10**5},
     "many images": {"n_train": 10**8, "n_test": 10**8},
     "a large batch": {"n_train": 10**8, "batch_size": 10**6},
     "no number": {"width": 1e9},
