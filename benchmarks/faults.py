@@ -102,10 +102,11 @@ def killed_at_events(shop: Workshop) -> Row:
 
 def killed_at_random(shop: Workshop) -> Row:
     """SIGKILL of `python -m bnnlib run` at random moments of its life, starting up included."""
-    e, out = replace(SHORT, epochs=shop.count(600)), shop.new()
+    tries = shop.count(40)
+    e, out = replace(SHORT, epochs=40 * tries), shop.new()  # so many fit into as many lives
     whole = run(e, shop.new(), device="cpu", progress="none")
     rng, kills, ended = random.Random(0), 0, None
-    while kills < shop.count(40) and ended != 0:
+    while kills < tries and ended != 0:
         process = subprocess.Popen(_command(e, out), **_QUIET)
         time.sleep(rng.uniform(1.5, 4.5))
         process.kill()

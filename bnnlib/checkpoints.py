@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile, shown
+from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile, InvalidValue, shown
 from bnnlib.files import (
     Form,
     forms,
@@ -51,6 +51,11 @@ class Training:
     position: Position = field(default_factory=Position)
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
     def steps(self) -> int:
         """Updates of the parameters so far."""
         return self.optimizer.param_groups[0].get("step", 0)
@@ -77,6 +82,7 @@ class Training:
         return {
             "format": FORMAT,
             "experiment_sha256": self.digest,
+            "device": self.device.type,
             "epochs": len(self.position.history),
             "steps": len(self.position.losses),  # of the epoch under way
             "seconds": time.perf_counter() - self.position.started,
@@ -98,6 +104,11 @@ class Training:
         about = _read_about(path)
         if about["experiment_sha256"] != self.digest:
             raise DamagedFile(f"{path} is the state of another experiment; remove it")
+        if about["device"] != self.device.type and random_generator(self.model) is not None:
+            raise InvalidValue(
+                f"{path} was saved on {about['device']!r}; its random numbers go on only there, "
+                f"not on {self.device.type!r}"
+            )
         state = read_tensors(path, self._forms(about))
         try:
             self._take_over(state, about)
@@ -129,18 +140,16 @@ class Training:
             random_generator(self.model).set_state(state["generator.layers"])
         self.order.set_state(state["generator.order"])
         self._take_position(state, about)
-        device = next(self.model.parameters()).device
-        self.recorder.signs = {k: v.to(device) for k, v in part("signs.").items()}
+        self.recorder.signs = {k: v.to(self.device) for k, v in part("signs.").items()}
 
     def _take_position(self, state: dict[str, Tensor], about: dict[str, Any]) -> None:
-        device = next(self.model.parameters()).device
         if about["epochs"]:
             self.position.history = _history(state["history"], about["columns"])
         self.position.order = state["generator.order"]
         self.position.started = time.perf_counter() - about["seconds"]
         if about["steps"]:
-            self.position.losses = list(state["epoch.losses"].to(device).unbind())
-            self.position.wrong = list(state["epoch.wrong"].to(device).unbind())
+            self.position.losses = list(state["epoch.losses"].to(self.device).unbind())
+            self.position.wrong = list(state["epoch.wrong"].to(self.device).unbind())
 
 
 def _table(history: History) -> Tensor:
@@ -193,6 +202,7 @@ def _are_columns(value: object) -> bool:
 
 _ABOUT_FORMS: dict[str, Callable[[Any], bool]] = {
     "experiment_sha256": lambda value: isinstance(value, str),
+    "device": lambda value: isinstance(value, str) and value.isalpha(),
     "epochs": is_count,
     "steps": is_count,
     "seconds": is_time,

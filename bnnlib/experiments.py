@@ -127,6 +127,8 @@ def run(
     one in use, DataNotFound for missing data, CannotWrite where the disk is full and
     NotFinite where the numbers are no longer finite; the last good checkpoint is kept.
     """
+    if not isinstance(experiment, Experiment):
+        raise InvalidValue(f"run takes an Experiment, such as named('svhn-l2'); got {experiment!r}")
     where, style = resolve_device(device), progress_style(progress)
     if not checkpoint_every >= 0:  # NaN is not
         raise InvalidValue(f"checkpoint_every must be 0 seconds or more, got {checkpoint_every}")
@@ -190,9 +192,9 @@ def _train_in_folder(
             checkpoints.save()
             here = f"{training.position.text}; its state is in {result.folder}"
             raise Interrupted(f"{interrupt} after {here}, where the same run goes on") from None
-    write_tensors(result.folder / PARAMETERS, result.model.state_dict())
-    close_folder(result)
-    checkpoints.remove()
+        write_tensors(result.folder / PARAMETERS, result.model.state_dict())
+        close_folder(result)
+        checkpoints.remove()
     return result
 
 

@@ -18,10 +18,12 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
     """Inside the `with` block a first SIGINT or SIGTERM waits, a second raises KeyboardInterrupt.
 
     Yields a function that raises Interrupted where a signal is waiting; to be called wherever
-    it is safe to stop. A signal that the process ignores stays ignored. Outside the main
-    thread, where Python delivers no signals, nothing changes.
+    it is safe to stop. A signal that still waits at the end of the block is delivered then.
+    One that the process ignores stays ignored. Outside the main thread, where Python delivers
+    no signals, nothing changes.
     """
     waiting: list[int] = []
+    answered = False
 
     def receive(number: int, frame: object) -> None:
         if waiting:
@@ -29,7 +31,9 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
         waiting.append(number)
 
     def check() -> None:
+        nonlocal answered
         if waiting:
+            answered = True
             raise Interrupted(f"stopped by {signal.Signals(waiting[0]).name}")
 
     before = _receive_by(receive)
@@ -38,6 +42,8 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if waiting and not answered:
+        signal.raise_signal(waiting[0])
 
 
 def _receive_by(handler: Callable) -> dict[int, object]:

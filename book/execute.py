@@ -39,7 +39,7 @@ KERNEL_ENVIRONMENT = {
 KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=50"]
 
 
-class BookError(click.ClickException):
+class BookError(click.ClickException, BnnlibError):
     """A book that cannot be built; the text says where and why."""
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from bnnlib.files import make_folder, whole_or_absent
+
 KERNELSPEC = {
     "display_name": "Python 3",
     "language": "python",
@@ -30,11 +32,10 @@ def text_of(notebook: NotebookNode) -> str:
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
-    """Write under a temporary name first: `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.part.ipynb")
-    part.write_text(text_of(notebook), encoding="utf-8")
-    part.replace(path)
+    """Write the notebook, whole or not at all."""
+    make_folder(path.parent)
+    with whole_or_absent(path) as part:
+        part.write_text(text_of(notebook), encoding="utf-8")
 
 
 def tags(cell: NotebookNode) -> list[str]:

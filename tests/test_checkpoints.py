@@ -10,9 +10,10 @@ import torch
 
 import bnnlib.train
 from benchmarks.kills import EXPERIMENT, kill_until_done, live
+from bnnlib import experiments
 from bnnlib.batches import Batches
 from bnnlib.catalogue import smoke
-from bnnlib.checkpoints import Checkpoints
+from bnnlib.checkpoints import Checkpoints, Training
 from bnnlib.errors import (
     BnnlibWarning,
     CannotWrite,
@@ -230,6 +231,26 @@ def test_a_later_format_is_refused_by_name(tmp_path, monkeypatch, stop_at):
     monkeypatch.undo()
     with pytest.raises(DamagedFile, match="has format 2; this bnnlib reads formats 1 to 1"):
         quietly(SHORT, tmp_path / "out")
+
+
+def test_random_numbers_of_another_device_are_refused_by_name(tmp_path, monkeypatch, stop_at):
+    with monkeypatch.context() as patches:
+        patches.setattr(Training, "device", torch.device("cuda"))
+        interrupted(SHORT, tmp_path / "out", monkeypatch, stop_at, 3)
+    with pytest.raises(InvalidValue, match="saved on 'cuda'; its random numbers go on only there"):
+        quietly(SHORT, tmp_path / "out")
+
+
+def test_an_interrupt_at_the_very_end_comes_after_the_run_is_finished(tmp_path, monkeypatch):
+    def too_late(result):
+        signal.raise_signal(signal.SIGINT)
+        close(result)
+
+    close = experiments.close_folder
+    monkeypatch.setattr(experiments, "close_folder", too_late)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(SHORT, tmp_path / "out")
+    assert is_finished(tmp_path / "out")
 
 
 # --------------------------------------------------------------------------- what is kept when

@@ -1,6 +1,7 @@
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from math import nan
 
 import numpy as np
 import pytest
@@ -160,6 +161,22 @@ def test_a_file_in_the_place_of_the_folder_or_above_it_is_refused(tmp_path):
     with pytest.raises(CannotWrite, match="below cannot be made: Not a directory"):
         quietly(BASE, file / "below")
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("svhn-l2",), "run takes an Experiment"),
+        ((BASE, None, "cpu", nan), "checkpoint_every must be 0 seconds or more, got nan"),
+        ((BASE, None, "cpu", -1), "checkpoint_every must be 0 seconds or more, got -1"),
+        ((BASE, "a\0b"), "is no name for a folder"),
+    ],
+)
+def test_what_run_cannot_take_is_named_before_any_work(arguments, text, monkeypatch):
+    monkeypatch.setattr("bnnlib.experiments._training", None)
+    names = ("experiment", "out", "device", "checkpoint_every")
+    with pytest.raises(InvalidValue, match=text):
+        run(**dict(zip(names, arguments, strict=False)), progress="none")
 
 
 def test_an_empty_folder_and_a_missing_one_are_used(tmp_path):

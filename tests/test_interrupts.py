@@ -40,6 +40,12 @@ def test_the_first_signal_waits_for_the_check_and_the_second_does_not(number):
             signal.raise_signal(number)
 
 
+def test_a_signal_that_nobody_asked_for_is_delivered_at_the_end():
+    with pytest.raises(KeyboardInterrupt) as caught, deferred_interrupts():
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Interrupted)
+
+
 def test_handlers_come_back_whatever_happens():
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(ZeroDivisionError), deferred_interrupts():
