@@ -165,6 +165,7 @@ def fetch(url: str, path: Path, checksum: str) -> None:
     )
     try:
         store.fetch(path.name, downloader=pooch.HTTPDownloader(progressbar=True, chunk_size=2**16))
+        path.chmod(0o644)  # pooch leaves it to its owner alone, but data folders are shared
     except (OSError, ValueError) as error:
         raise _failure(url, path, error) from error
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,3 +58,14 @@ def finished(tmp_path_factory):
 def folder(finished, tmp_path):
     """A copy of that folder, to be spoiled."""
     return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Writes arrays to a file and returns its path."""
+
+    def write(**arrays):
+        np.savez(tmp_path / "mine.npz", **arrays)
+        return tmp_path / "mine.npz"
+
+    return write

@@ -343,17 +343,6 @@ IMAGES = np.arange(5 * 3 * 2 * 2, dtype=np.uint8).reshape(5, 3, 2, 2)
 CLASSES = np.array([3, 1, 4, 1, 5])
 
 
-@pytest.fixture
-def npz(tmp_path):
-    """Writes arrays to a file and returns its path."""
-
-    def write(**arrays):
-        np.savez(tmp_path / "mine.npz", **arrays)
-        return tmp_path / "mine.npz"
-
-    return write
-
-
 def test_a_split_of_an_npz_is_an_image_set(npz):
     path = npz(images=IMAGES, labels=CLASSES, heldout=[0, 0, 0, 1, 1], class_names=list("uvwxyz"))
     data = load_npz(path, "test")

@@ -89,6 +89,7 @@ def test_a_file_is_fetched_and_nothing_else_is_left(server, tmp_path):
     server.files["a.mat"] = CONTENT
     fetch(server.url("a.mat"), tmp_path / "a.mat", f"md5:{md5(CONTENT)}")
     assert (tmp_path / "a.mat").read_bytes() == CONTENT
+    assert (tmp_path / "a.mat").stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [tmp_path / "a.mat"]
     assert server.asked == ["a.mat"]
 

@@ -19,17 +19,6 @@ LABELS = np.array([3, 1, 4, 1, 5])
 PAIR = {"images": IMAGES, "labels": LABELS}
 
 
-@pytest.fixture
-def npz(tmp_path):
-    """Writes arrays to a file and returns its path."""
-
-    def write(**arrays):
-        np.savez(tmp_path / "mine.npz", **arrays)
-        return tmp_path / "mine.npz"
-
-    return write
-
-
 def bytes_of(array):
     file = io.BytesIO()
     np.lib.format.write_array(file, np.asarray(array))
