@@ -124,7 +124,7 @@ _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 def _command(e: Experiment, out: Path) -> list[str]:
     """The shell command that runs `e`."""
     command = [sys.executable, "-m", "bnnlib", "run", e.name, "--profile", "smoke"]
-    command += ["--out", str(out), "--device", "cpu", "--checkpoint-every", "0"]
+    command += ["--out", str(out), "--device", "cpu", "--checkpoint-every", "0.1"]
     base = smoke(named(e.name)).decisive()
     for name, value in e.decisive().items():
         if value != base[name]:

@@ -116,7 +116,7 @@ def run(
     """Train as `experiment` says and, where `out` is given, keep everything in that folder.
 
     The folder holds `experiment.json` (the experiment, versions, device, hashes),
-    `history.csv` (after every epoch), `labels.npz`, `parameters.safetensors` and, until the
+    `history.csv` (so far), `labels.npz`, `parameters.safetensors` and, until the
     run is finished, its last two checkpoints, saved every `checkpoint_every` seconds. A folder
     with an unfinished run of the same experiment is continued, one with a finished run is
     read and left alone; nothing else is ever written to. `root` and `download` are those of
@@ -190,6 +190,7 @@ def _train_in_folder(
             _fit(result, training, sets, device, style, after_step, stop_here)
         except Interrupted as interrupt:
             checkpoints.save()
+            training.position.history.save(result.folder / HISTORY)
             here = f"{training.position.text}; its state is in {result.folder}"
             raise Interrupted(f"{interrupt} after {here}, where the same run goes on") from None
         write_tensors(result.folder / PARAMETERS, result.model.state_dict())
@@ -242,12 +243,30 @@ def _fit(
         position=training.position,
         after_step=after_step,
         after_batch=after_batch,
-        after_epoch=lambda h: h.save(folder / HISTORY) if folder else None,
+        after_epoch=sparingly(lambda h: h.save(folder / HISTORY) if folder else None),
     )
     if "modes" in e.probes and len(history):
         history.rows[-1] |= mode_errors(model, batches, after_batch)
     result.model, result.history = model, history
     result.record["parameter_sha256"] = parameter_hash(model)
+
+
+def sparingly(action: Callable[[History], object], share: float = 0.05) -> Callable:
+    """`action`, left out whenever it would take more than this share of the time.
+
+    A history of many short epochs takes longer to write than the epoch after it to train.
+    """
+    ready = 0.0
+
+    def act(history: History) -> None:
+        nonlocal ready
+        start = time.monotonic()
+        if start >= ready:
+            action(history)
+            end = time.monotonic()
+            ready = end + (end - start) / share
+
+    return act
 
 
 # -------------------------------------------------------------- evaluating a saved memorizer

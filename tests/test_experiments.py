@@ -19,9 +19,11 @@ from bnnlib.experiments import (
     published,
     run,
     smoke,
+    sparingly,
     stream,
     summary,
 )
+from bnnlib.history import History
 from bnnlib.layers import binary_layers
 from bnnlib.models import penalized_parameters
 from bnnlib.probes import EVALUATION_MODES, PROBES
@@ -217,6 +219,22 @@ def test_the_twin_and_the_other_profile_run_too():
     twin = quietly(replace(BASE, binary=False, activation="binary_sigmoid"))
     assert binary_layers(twin.model) == []
     assert len(twin.history) == 2
+
+
+def test_what_is_done_sparingly_takes_a_twentieth_of_the_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def write(history):
+        now[0] += 0.5
+        written.append(now[0])
+
+    written, act = [], sparingly(write)
+    for _ in range(1000):  # epochs of a tenth of a second
+        act(History())
+        now[0] += 0.1
+    assert written[0] == 100.5  # at once
+    assert 0.5 * len(written) == pytest.approx(0.05 * (now[0] - 100), rel=0.1)
 
 
 # --------------------------------------------------------------------- evaluating a memorizer
