@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil, isfinite, isnan, nan
 
 import torch
@@ -94,8 +94,10 @@ def _class_errors(wrong: Tensor, batches: Batches) -> tuple[float, ...]:
 
 @dataclass
 class Position:
-    """How far a training has come: beside the model, the optimizer and the generators, all that
-    `fit` needs to go on, in the middle of an epoch too.
+    """How far a training has come.
+
+    Beside the model, the optimizer and the generators it is all that `fit` needs to go on, in
+    the middle of an epoch too.
     """
 
     history: History = field(default_factory=History)  # of the epochs that are over
@@ -121,7 +123,11 @@ class Position:
         """Where this is, for messages."""
         if self.order is None:
             return f"epoch {len(self.history)}"
-        return f"step {len(self.losses)} of epoch {len(self.history) + 1}"
+        return self.at(len(self.losses))
+
+    def at(self, step: int) -> str:
+        """A step of the epoch under way, counted from 1, for messages."""
+        return f"step {step} of epoch {len(self.history) + 1}"
 
 
 def train_epoch(
@@ -142,15 +148,15 @@ def train_epoch(
     model.train()
     position = position or Position()
     position.begin_epoch(generator)
+    on_cpu = batches.labels.device.type == "cpu"  # a GPU would have to wait for each loss
     for x, labels in batches.shuffled(generator, skip=len(position.losses)):
         logits = model(x)
         loss = squared_hinge_loss(logits, labels)
         if penalty:
             loss = loss + penalty()
-        if loss.device.type == "cpu" and not isfinite(
-            loss.item()
-        ):  # a GPU would have to wait for it
-            raise not_finite_loss(position, loss.item(), model, x)
+        if on_cpu and not isfinite(loss.item()):
+            step, source = len(position.losses) + 1, first_not_finite(model, x)
+            raise loss_not_finite(loss.item(), position.at(step), source)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # moves the latent weights and clips them to [-1, 1]
@@ -170,8 +176,8 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, position: P
     losses = torch.stack(position.losses) if position.losses else torch.zeros(0)
     bad = (~losses.isfinite()).nonzero().flatten()
     if len(bad):
-        here = replace(position, losses=position.losses[: bad[0]])
-        raise not_finite_loss(here, losses[bad[0]].item(), model)
+        first = bad[0].item()
+        raise loss_not_finite(losses[first].item(), position.at(first + 1))
     tensors = dict(model.state_dict())
     for name, p in model.named_parameters():
         tensors |= {f"{k} of {name}": v for k, v in optimizer.state.get(p, {}).items()}
@@ -180,17 +186,10 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, position: P
             raise NotFinite(f"{name} is not finite after {position.text}; {_ADVICE}")
 
 
-def not_finite_loss(
-    position: Position, loss: float, model: nn.Module, x: Tensor | None = None
-) -> NotFinite:
-    """The error for the loss of the step after `position`, to be raised by the caller.
-
-    With the batch `x` it names the first layer whose output is not finite.
-    """
-    where = replace(position, losses=[*position.losses, torch.tensor(loss)]).text
-    layer = None if x is None else first_not_finite(model, x)
-    source = f", first in {layer}" if layer else ""
-    return NotFinite(f"the training loss became {loss} at {where}{source}; {_ADVICE}")
+def loss_not_finite(loss: float, where: str, source: str | None = None) -> NotFinite:
+    """The error for a loss that is NaN or infinite, to be raised by the caller."""
+    first = f", first in {source}" if source else ""
+    return NotFinite(f"the training loss became {loss} at {where}{first}; {_ADVICE}")
 
 
 @torch.no_grad()
@@ -252,11 +251,7 @@ def fit(
     """
     sets = {"train": train, "valid": valid, "test": test}
     style, position = progress_style(progress), position or Position()
-    steps = len(train) // train.batch_size
-    done = len(position.history) * steps + len(position.losses)
-    bar = tqdm(
-        total=steps * len(rates), initial=done, unit="step", disable=style != "bar", mininterval=0.3
-    )
+    bar = _bar(style, position, len(train) // train.batch_size, len(rates))
 
     def tick() -> None:
         bar.update()
@@ -271,9 +266,8 @@ def fit(
             row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
             row["train_mode_error"] = error
             due = epoch % evaluate_every == 0 or epoch == len(rates)
-            results = {
-                k: evaluate(model, b, mode, after_batch) for k, b in sets.items() if b and due
-            }
+            tested = {name: batches for name, batches in sets.items() if batches and due}
+            results = {k: evaluate(model, b, mode, after_batch) for k, b in tested.items()}
             for name in sets:
                 row |= _error_columns(name, results.get(name), train.classes)
             row |= measure(model, results)
@@ -307,6 +301,13 @@ def progress_style(progress: str = "auto") -> str:
     if os.environ.get("TQDM_DISABLE"):
         return "none"
     return "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines"
+
+
+def _bar(style: str, position: Position, steps: int, epochs: int) -> tqdm:
+    """A bar of all steps, `steps` an epoch, that begins at `position`; silent but for "bar"."""
+    done = len(position.history) * steps + len(position.losses)
+    hidden, total = style != "bar", steps * epochs
+    return tqdm(total=total, initial=done, unit="step", disable=hidden, mininterval=0.3)
 
 
 def _report(row: dict[str, float], epochs: int, evaluate_every: int, style: str, bar: tqdm) -> None:
