@@ -74,6 +74,7 @@ def live(
 
 def _run(experiment, folder, fuse, number, every) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs behind a shell
     tqdm.set_lock(RLock())  # its own is shared between processes, and outlives a killed one
     if fuse:
         _light(*fuse, number)
