@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bnnlib.batches import Batches
 from bnnlib.catalogue import Experiment
-from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, InvalidValue
+from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, Interrupted, InvalidValue
 from bnnlib.experiments import prepare_data, resolve_device, run
 from bnnlib.files import LOCK, locked, make_folder, read_json, write_json
 from bnnlib.folders import RESULTS
@@ -110,7 +110,8 @@ def measure_grid(
     """Measure every point, and keep the table in `folder` after each; known points are kept.
 
     The folder holds `grid.csv` and `grid.json`, which says what all points share. Raises
-    InvalidValue where the folder holds another grid, FolderInUse where it holds something else.
+    InvalidValue where the folder holds another grid, FolderInUse where it holds something else,
+    Interrupted on Ctrl-C.
     """
     folder = Path(folder)
     shared = {name: getattr(CAPACITY, name) for name in (*KEY, "data_seed")}
@@ -120,10 +121,13 @@ def measure_grid(
     with locked(folder):
         rows = _open_grid(folder, base, device)
         known = {tuple(row[name] for name in KEY) for row in rows}
-        for e in tqdm(experiments, unit="run", disable=progress_style() == "none"):
-            if tuple(getattr(e, name) for name in KEY) not in known:
-                rows.append(measure(e, device))
-                History(rows).save(folder / TABLE)
+        try:
+            for e in tqdm(experiments, unit="run", disable=progress_style() == "none"):
+                if tuple(getattr(e, name) for name in KEY) not in known:
+                    rows.append(measure(e, device))
+                    History(rows).save(folder / TABLE)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; the grid in {folder} is kept and goes on") from None
     return rows
 
 

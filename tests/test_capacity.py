@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from bnnlib import capacity
 from bnnlib.__main__ import main
 from bnnlib.capacity import load_grid, measure, measure_grid, mutual_information, points
-from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, InvalidValue
+from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, Interrupted, InvalidValue
 from bnnlib.experiments import CAPACITY, stored_runs
 from bnnlib.files import locked
 
@@ -139,6 +139,18 @@ def test_a_grid_that_was_stopped_before_its_first_point_begins_again(tmp_path):
     measure_grid(TINY[:1], tmp_path / "grid", device="cpu")
     (tmp_path / "grid" / "grid.csv").unlink()
     assert len(measure_grid(TINY[:1], tmp_path / "grid", device="cpu")) == 1
+
+
+def test_an_interrupted_grid_keeps_what_was_measured(tmp_path, monkeypatch):
+    def interrupted(e, device):
+        if e == TINY[1]:
+            raise KeyboardInterrupt
+        return measure(e, device)
+
+    monkeypatch.setattr(capacity, "measure", interrupted)
+    with pytest.raises(Interrupted, match="is kept and goes on"):
+        measure_grid(TINY, tmp_path / "grid", device="cpu")
+    assert len(load_grid(tmp_path / "grid")) == 1
 
 
 def test_a_grid_that_another_process_measures_is_refused(tmp_path):
