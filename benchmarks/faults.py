@@ -266,8 +266,8 @@ def spoiled_step(step: int, rng: random.Random) -> Iterator[None]:
         calls += 1
         if calls == step:
             p = rng.choice([p for group in self.param_groups for p in group["params"]])
-            tensor = rng.choice([p.data, *self.moments(p).values()]).view(-1)
-            tensor[rng.randrange(len(tensor))] = rng.choice((nan, inf, -inf))
+            tensor = rng.choice([p.data, *self.moments(p).values()])
+            tensor[tuple(map(rng.randrange, tensor.shape))] = rng.choice((nan, inf, -inf))
 
     BinaryAdam.step = spoil
     try:
