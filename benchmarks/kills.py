@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import bnnlib.files
+import bnnlib.tensors
 from bnnlib.errors import BnnlibError, Interrupted
 from bnnlib.experiments import Experiment, named, run, smoke
 from bnnlib.optim import BinaryAdam
@@ -37,7 +37,7 @@ EXPERIMENT = replace(
 # about how often three saves call it.
 EVENTS = {
     "step of the optimizer": (BinaryAdam, "step", 3),
-    "block of a file": (bnnlib.files, "_bytes_of", 200),
+    "block of a file": (bnnlib.tensors, "_bytes_of", 200),
     "flush to disk": (os, "fsync", 8),
     "renaming": (Path, "replace", 8),
     "deletion": (Path, "unlink", 8),
@@ -67,6 +67,8 @@ def live(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.kills", "torch._dynamo"])  # optimizers import it
     process = context.Process(target=_run, args=(experiment, folder, fuse, number, every))
+    for part in folder.rglob("*.part"):
+        part.unlink()  # so that one found later is of this life
     process.start()
     process.join()
     return Life(process.exitcode, any(folder.rglob("*.part")))

@@ -1,9 +1,9 @@
 """Binarized neural networks that memorize, in the order a batch meets the modules:
 
-errors, files, drawing, glyphs, shapes, patterns, downloads, npz, data, corruption, batches,
-quantizers, layers, models, losses, optim, history, train, probes, limits, catalogue, variants,
-assembly, interrupts, checkpoints, runs, folders, experiments, capacity, claims, plots, chapters,
-__main__.
+errors, files, tensors, drawing, glyphs, shapes, patterns, downloads, npz, data, corruption,
+batches, quantizers, layers, models, losses, optim, history, train, probes, limits, catalogue,
+variants, assembly, interrupts, checkpoints, runs, folders, experiments, capacity, claims, plots,
+chapters, __main__.
 
 Import from the module that holds the name: `from bnnlib.layers import BinaryLinear`.
 """

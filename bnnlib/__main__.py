@@ -2,8 +2,11 @@
 
 import json
 import shlex
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import NoneType
@@ -22,7 +25,7 @@ from bnnlib.experiments import (
     named,
     run,
 )
-from bnnlib.limits import in_words
+from bnnlib.limits import type_in_words
 from bnnlib.train import describe_row
 
 
@@ -37,7 +40,7 @@ def parse_field(field: str, text: str) -> Any:
     try:
         return _parse(hints[field], text.strip())
     except ValueError as error:
-        words = in_words(hints[field], several="{}, or several with commas between them")
+        words = type_in_words(hints[field], several="{}, or several with commas between them")
         raise InvalidValue(f"{field} takes {words}, got {shown(text)}") from error
 
 
@@ -76,7 +79,7 @@ class Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), sigterm_as_ctrl_c():
                 warnings.showwarning = show_warning
                 return super().invoke(context)
         except InvalidValue as error:
@@ -90,6 +93,19 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside the `with` block SIGTERM, with which clusters stop a job, raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def show_warning(message: Warning | str, *_: object) -> None:

@@ -16,9 +16,10 @@ from bnnlib.catalogue import EVERY_SPLIT, Experiment
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
 from bnnlib.data import DRAWN, SIZES, ImageSet, load
 from bnnlib.errors import InvalidValue, TooLarge
-from bnnlib.files import Form, forms, in_words
+from bnnlib.files import in_words
 from bnnlib.layers import BinaryLayer, binary_layers, seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
+from bnnlib.tensors import Form, forms
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -174,9 +175,9 @@ def _bytes_kept_by_image(model: nn.Module, side: int) -> int:
 
 def check_memory(experiment: Experiment, device: torch.device | str = "cpu") -> None:
     """Raise TooLarge where the device has less free memory than the experiment needs."""
-    parts, free = _memory_parts(experiment), _free_memory(torch.device(device))
-    needed = sum(parts.values())
+    needed, free = memory_needed(experiment), _free_memory(torch.device(device))
     if needed > free:
+        parts = _memory_parts(experiment)
         most = max(parts, key=parts.get)
         raise TooLarge(
             f"{experiment.name} needs at least {in_words(needed)} of memory, most of it for "

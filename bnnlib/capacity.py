@@ -127,7 +127,9 @@ def measure_grid(
                     rows.append(measure(e, device))
                     History(rows).save(folder / TABLE)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped; the grid in {folder} is kept and goes on") from None
+            raise Interrupted(
+                f"stopped; the grid in {folder} is kept; the same command continues it"
+            ) from None
     return rows
 
 
@@ -154,6 +156,8 @@ def load_grid(folder: str | Path = STORED) -> list[Row]:
         raise DataNotFound(f"{path.parent} holds no grid: there is no {TABLE} in it")
     whole, rows = ("n_train", "seed", "weights"), read_table(path)
     try:
+        if missing := [name for name in KEY if rows and name not in rows[0]]:
+            raise LookupError(f"no column {missing[0]}")
         return [r | {"binary": r["binary"] == 1} | {k: int(r[k]) for k in whole} for r in rows]
     except (LookupError, ValueError, OverflowError) as error:
         raise DamagedFile(f"{path} is no table of a grid: {error!r}") from error

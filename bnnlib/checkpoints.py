@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile, InvalidValue, shown
-from bnnlib.files import (
-    Form,
-    forms,
-    make_folder,
-    parse_json,
-    read_metadata,
-    read_tensors,
-    sha256,
-    write_tensors,
-)
+from bnnlib.files import flush, make_folder, parse_json, sha256
 from bnnlib.history import History, is_column
 from bnnlib.layers import random_generator
 from bnnlib.optim import BinaryAdam
 from bnnlib.probes import Recorder
+from bnnlib.tensors import Form, forms, read_metadata, read_tensors, write_tensors
 from bnnlib.train import Position, check_finite
 
 FORMAT = 1  # of a checkpoint; raised when an older bnnlib could misread a newer one
@@ -154,7 +147,9 @@ class Training:
 
 def _table(history: History) -> Tensor:
     """(epochs, columns) float64; NaN where a row lacks a column."""
-    return torch.tensor([history[name] for name in history.columns], dtype=torch.float64).T
+    columns = history.columns
+    rows = [[row.get(name, nan) for name in columns] for row in history.rows]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _history(table: Tensor, columns: list[str]) -> History:
@@ -237,9 +232,9 @@ class Checkpoints:
 
     @property
     def needed(self) -> int:
-        """Bytes of disk that the states take at most, while one is written."""
-        tensors = self.training.tensors().values()
-        return (KEPT + 1) * sum(tensor.nbytes for tensor in tensors)
+        """Bytes of disk that are needed beside the states there, for as many as there can be."""
+        state = sum(tensor.nbytes for tensor in self.training.tensors().values())
+        return (KEPT + 1) * state - sum(path.stat().st_size for path in self._files())
 
     def save(self) -> Path:
         """Write the state, then forget all but the last two. Returns the new file."""
@@ -249,6 +244,7 @@ class Checkpoints:
         path = self.folder / f"checkpoint-{self.training.steps:09d}-{digest[:16]}.safetensors"
         try:
             unnamed.replace(path)
+            flush(self.folder)  # before an older one goes
             for old in self.paths()[:-KEPT]:
                 old.unlink()
         except OSError as error:
@@ -266,14 +262,17 @@ class Checkpoints:
 
         A damaged file is put aside, under the ending `.damaged`, with a warning.
         """
-        for path in reversed(self.paths()):
+        paths = self.paths()
+        while paths:
+            path = paths.pop()
             if _is_whole(path):
                 self.training.restore(path)
                 return path
             _put_aside(path)
+            then = "the state before it is used" if paths else "the run begins anew"
             warnings.warn(
                 f"{path} is damaged (its SHA-256 is not the one in its name) and was put aside; "
-                "the state before it is used",
+                + then,
                 BnnlibWarning,
                 stacklevel=2,
             )

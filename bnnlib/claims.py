@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bnnlib.capacity import ABOUT, STORED, Row, load_grid
+from bnnlib.errors import DamagedFile
 from bnnlib.files import read_json
 from bnnlib.folders import RESULTS
 from bnnlib.history import History
@@ -315,8 +316,12 @@ def judge_grid(claim: Claim, folder: str | Path = STORED) -> dict[str, Any]:
     """The same for a claim about the grid of `capacity`."""
     rows = load_grid(folder)
     about = read_json(Path(folder) / ABOUT)
-    data = {f"up to {max(row['n_train'] for row in rows):,} of {about['experiment']['dataset']}"}
-    return _row(claim, "grid", data, {about["device"]}) | _verdict(claim, claim.measure(rows))
+    try:
+        dataset, device = about["experiment"]["dataset"], about["device"]
+    except (LookupError, TypeError) as error:
+        raise DamagedFile(f"{folder}/{ABOUT} describes no grid: {error!r}") from error
+    data = {f"up to {max(row['n_train'] for row in rows):,} of {dataset}"}
+    return _row(claim, "grid", data, {device}) | _verdict(claim, claim.measure(rows))
 
 
 def _row(
@@ -359,7 +364,7 @@ def _by_seed(runs: Sequence[Run], names: Sequence[str]) -> list[list[Run]]:
 
 def reliability(path: str | Path = RESULTS / "reliability.json") -> list[dict[str, Any]]:
     """One row for each kind of fault that `python -m benchmarks.faults` tried, and its outcome."""
-    return [
-        {name.replace("_", " "): value for name, value in row.items()}
-        for row in read_json(path)["faults"]
-    ]
+    faults = read_json(path).get("faults")
+    if not isinstance(faults, list) or not all(isinstance(row, dict) for row in faults):
+        raise DamagedFile(f"{path} lists no faults")
+    return [{name.replace("_", " "): value for name, value in row.items()} for row in faults]

@@ -154,10 +154,10 @@ def load(
     Raises InvalidValue for unknown names, DataNotFound for missing files and DamagedFile for
     files that are not what they should be; with `download` also DownloadFailed and CannotWrite.
     """
-    folder = Path(root or os.environ.get("BNNLIB_DATA") or "data")
+    folder = Path(root or os.environ.get("BNNLIB_DATA") or "data").expanduser()
     name = str(name)
     if name.endswith(".npz"):
-        path = Path(name)
+        path = Path(name).expanduser()
         return load_npz(path if os.path.lexists(path) else folder / path, split).first(n)
     check_name("data set", name, DATASETS)
     check_name(f"{name} split", split, SIZES[name])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ from bnnlib.catalogue import (
 )
 from bnnlib.checkpoints import Checkpoints, Training
 from bnnlib.data import ImageSet
-from bnnlib.errors import Interrupted, InvalidValue
-from bnnlib.files import check_free_disk, locked, make_folder, write_tensors
+from bnnlib.errors import Interrupted, InvalidValue, shown
+from bnnlib.files import check_free_disk, locked, make_folder
 from bnnlib.folders import (
     HISTORY,
     PARAMETERS,
@@ -67,6 +68,7 @@ from bnnlib.runs import (
     profile_of,
     summary,
 )
+from bnnlib.tensors import write_tensors
 from bnnlib.train import EvaluationMode, fit, learning_rates, progress_style
 from bnnlib.variants import CAPACITY, VARIANTS, named
 
@@ -124,15 +126,13 @@ def run(
 
     With a folder, a first Ctrl-C or SIGTERM finishes the step, saves, and raises
     Interrupted. Raises InvalidValue for a folder with another experiment, FolderInUse for
-    one in use, DataNotFound for missing data, CannotWrite where the disk is full and
-    NotFinite where the numbers are no longer finite; the last good checkpoint is kept.
+    one in use, DamagedFile for one that was altered, DataNotFound for missing data, TooLarge
+    and CannotWrite where memory or disk do not suffice, and NotFinite where the numbers are no
+    longer finite; the last good checkpoint is kept.
     """
-    if not isinstance(experiment, Experiment):
-        raise InvalidValue(f"run takes an Experiment, such as named('svhn-l2'); got {experiment!r}")
+    _check_arguments(experiment, out, device, root, checkpoint_every)
     where, style = resolve_device(device), progress_style(progress)
-    if not checkpoint_every >= 0:  # NaN is not
-        raise InvalidValue(f"checkpoint_every must be 0 seconds or more, got {checkpoint_every}")
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).expanduser()
     if folder:
         check_folder(folder, experiment)
         if is_finished(folder):
@@ -152,9 +152,25 @@ def run(
     with locked(folder):
         check_folder(folder, experiment)  # as it is by now
         if not is_finished(folder):
-            begin_folder(folder, experiment, record, labels)
             return _train_in_folder(result, sets, where, style, checkpoint_every)
     return _finished(folder, style)
+
+
+def _check_arguments(experiment, out, device, root, checkpoint_every) -> None:
+    """Raise InvalidValue for an argument of `run` of another kind than it takes."""
+    if not isinstance(experiment, Experiment):
+        raise InvalidValue(
+            f"run takes an Experiment, such as named('svhn-l2'); got {shown(experiment)}"
+        )
+    for name, value in (("out", out), ("root", root)):
+        if not isinstance(value, str | Path | None):
+            raise InvalidValue(f"{name} must be the path of a folder, got {shown(value)}")
+    if not isinstance(device, str):
+        raise InvalidValue(f"device must be text, such as 'cpu', got {shown(device)}")
+    if not isinstance(checkpoint_every, Real) or not checkpoint_every >= 0:  # NaN is not
+        raise InvalidValue(
+            f"checkpoint_every must be 0 seconds or more, got {shown(checkpoint_every)}"
+        )
 
 
 def _finished(folder: Path, style: str) -> Run:
@@ -177,9 +193,11 @@ def _train_in_folder(
 ) -> Run:
     training = _training(result.experiment, sets["train"], device)
     checkpoints = Checkpoints(result.folder, training, every)
-    if checkpoints.restore() and style != "none":
-        print(f"{result.folder}: going on after {training.position.text}", file=sys.stderr)
+    goes_on = checkpoints.restore()
     check_free_disk(result.folder, checkpoints.needed)
+    begin_folder(result.folder, result.experiment, result.record, result.labels)
+    if goes_on and style != "none":
+        print(f"{result.folder}: going on after {training.position.text}", file=sys.stderr)
     with deferred_interrupts() as stop_here:
 
         def after_step() -> None:
@@ -191,8 +209,8 @@ def _train_in_folder(
         except Interrupted as interrupt:
             checkpoints.save()
             training.position.history.save(result.folder / HISTORY)
-            here = f"{training.position.text}; its state is in {result.folder}"
-            raise Interrupted(f"{interrupt} after {here}, where the same run goes on") from None
+            here = f"{training.position.text}; the state is saved in {result.folder}"
+            raise Interrupted(f"{interrupt} after {here}, and the same call goes on") from None
         write_tensors(result.folder / PARAMETERS, result.model.state_dict())
         close_folder(result)
         checkpoints.remove()
@@ -330,6 +348,9 @@ def _run_evaluation(e: Experiment, folder: Path | None, root: str | Path | None)
     if folder:
         make_folder(folder)
         with locked(folder):
+            check_folder(folder, e)  # as it is by now
+            if is_finished(folder):
+                return load_run(folder)
             begin_folder(folder, e, record, source.labels)
             close_folder(result)
     return result

@@ -21,18 +21,20 @@ from torch import nn
 from bnnlib.assembly import build_model, model_forms
 from bnnlib.catalogue import EVERY_SPLIT, Experiment
 from bnnlib.checkpoints import check_format, is_count, is_time
-from bnnlib.errors import BnnlibWarning, DamagedFile, DataNotFound, FolderInUse, InvalidValue, shown
-from bnnlib.files import (
-    LOCK,
-    read_json,
-    read_npz,
-    read_tensors,
-    read_text,
-    whole_or_absent,
-    write_json,
+from bnnlib.errors import (
+    BnnlibWarning,
+    CannotWrite,
+    DamagedFile,
+    DataNotFound,
+    FolderInUse,
+    InvalidValue,
+    shown,
 )
+from bnnlib.files import LOCK, read_json, read_text, whole_or_absent, write_json
 from bnnlib.history import History
+from bnnlib.npz import read_npz
 from bnnlib.runs import Run, parameter_hash
+from bnnlib.tensors import read_tensors
 
 RESULTS = Path(__file__).parents[1] / "results"  # histories of long runs, in the repository
 FORMAT = 1  # of a folder; raised when an older bnnlib could misread a newer one
@@ -43,7 +45,7 @@ _LEFT_BY_A_FALSE_START = {LOCK, RECORD + ".part"}
 
 def is_finished(folder: str | Path) -> bool:
     """Whether the folder holds a run that went to its end."""
-    return (Path(folder) / RECORD).is_file() and "seconds" in _read_record(Path(folder))
+    return os.path.isfile(Path(folder) / RECORD) and "seconds" in _read_record(Path(folder))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -110,23 +112,32 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     """Raise unless this folder may hold a run of `experiment`: it is new, empty, or has one.
 
     Raises FolderInUse for a folder of something else, InvalidValue with the differing fields
-    for one of another experiment.
+    for one of another experiment, DamagedFile for one that was altered, CannotWrite for one
+    that cannot be made.
     """
     if not os.path.lexists(folder):
+        _check_can_be_made(folder)
         return
-    if not folder.is_dir():
-        raise FolderInUse(f"{folder} is a file; choose another folder")
+    if not os.path.isdir(folder):
+        raise FolderInUse(f"{folder} is not a folder; choose another")
     try:
         there = sorted(folder.iterdir())
     except OSError as error:
         raise FolderInUse(f"{folder} cannot be looked into: {error.strerror}") from error
-    if (folder / RECORD).is_file():
+    if os.path.isfile(folder / RECORD):
         links = ", ".join(shown(path.name) for path in there if path.is_symlink())
         if links:
             raise DamagedFile(f"{folder} holds links, which bnnlib never makes; remove {links}")
         check_same(folder, _experiment_of(folder, _read_record(folder)), experiment)
     elif any(path.name not in _LEFT_BY_A_FALSE_START for path in there):
         raise FolderInUse(f"{folder} holds something that is no run; choose another folder")
+
+
+def _check_can_be_made(folder: Path) -> None:
+    """Raise CannotWrite where the nearest folder above does not let a new one be made."""
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        raise CannotWrite(f"{folder} cannot be made: {above} is no folder that you may write to")
 
 
 def check_same(folder: Path, there: Experiment, asked: Experiment) -> None:
@@ -147,7 +158,7 @@ def begin_folder(folder: Path, experiment: Experiment, record: dict, labels: dic
     A run that goes on keeps the record of its beginning, with a line for each time it went
     on. `record` becomes that of the folder.
     """
-    if (folder / RECORD).is_file():
+    if os.path.isfile(folder / RECORD):
         _go_on(folder, record)
     content = {"format": FORMAT, "experiment": asdict(experiment), **record}
     write_json(folder / RECORD, content)
@@ -205,20 +216,20 @@ def load_run(folder: str | Path) -> Run:
     folder holds no run, DamagedFile with the file that is not what it should be.
     """
     folder = Path(folder)
-    if not (folder / RECORD).is_file():
+    if not os.path.isfile(folder / RECORD):
         raise DataNotFound(f"{folder} holds no run: there is no {RECORD} in it")
     record = _read_record(folder)
-    if not (folder / HISTORY).is_file():
+    if not os.path.isfile(folder / HISTORY):
         raise DataNotFound(f"{folder} holds no run that can be read: there is no {HISTORY} in it")
     experiment = _experiment_of(folder, record)
     del record["experiment"]
     _check_hash(folder / HISTORY, _table_hash(folder / HISTORY), record.get("history_sha256"))
     result = Run(experiment, History.load(folder / HISTORY), record, folder=folder)
-    if "parameter_sha256" in record and (folder / PARAMETERS).is_file():
+    if "parameter_sha256" in record and os.path.isfile(folder / PARAMETERS):
         result.model = _load_model(folder / PARAMETERS, experiment)
         found = parameter_hash(result.model)
         _check_hash(folder / PARAMETERS, found, record["parameter_sha256"])
-    if (folder / LABELS).is_file():
+    if os.path.isfile(folder / LABELS):
         result.labels = _load_labels(folder / LABELS, record)
     return result
 

@@ -98,12 +98,12 @@ BINARY_PROBES = {"flips", "saturation", "modes"}  # say nothing about real-value
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # folders are named by `name`
 
 
-def in_words(hint: Any, several: str = "a tuple, each part {}") -> str:
+def type_in_words(hint: Any, several: str = "a tuple, each part {}") -> str:
     """What a field with this type hint takes; `several` says how a tuple is written."""
     if get_origin(hint) is tuple:
-        return several.format(in_words(get_args(hint)[0]))
+        return several.format(type_in_words(get_args(hint)[0]))
     if NoneType in get_args(hint):
-        return f"{in_words(get_args(hint)[0])} or none"
+        return f"{type_in_words(get_args(hint)[0])} or none"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
 
 
@@ -128,7 +128,7 @@ def fitting(name: str, value: Any, hint: Any) -> Any:
     except OverflowError:  # an int, for a field of floats
         raise InvalidValue(f"{name} is far too large: {shown(value)}") from None
     except TypeError:
-        words = f"{name} must be {in_words(hint)}, got {shown(value)}"
+        words = f"{name} must be {type_in_words(hint)}, got {shown(value)}"
         raise InvalidValue(words + _advice(value, hint)) from None
 
 

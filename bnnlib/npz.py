@@ -1,19 +1,38 @@
-"""One split of a `.npz` file of the user's; every array is checked before it is used.
+"""The arrays of a `.npz` file, each checked before it is used; nothing is unpickled.
 
-In: a path and a split. Out: images, labels and class names. Next file: `data.py`.
+In: a path, and a split of a data set. Out: arrays; images, labels and class names.
+Next file: `data.py`.
 """
 
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
+import psutil
 
-from bnnlib.errors import DataNotFound, InvalidValue, nearest, unknown_name
-from bnnlib.files import check_is_file, read_npz
+from bnnlib.errors import (
+    DamagedFile,
+    DataNotFound,
+    InvalidValue,
+    TooLarge,
+    nearest,
+    unknown_name,
+)
+from bnnlib.files import check_is_file, in_words
 
+MAX_ARRAYS = 100  # in a `.npz` file; data sets have a handful
 MAX_CLASSES = 1000  # a network has an output for each, so one stray label must not make 10^9
+
+# What NumPy and zipfile raise for files that are not what they should be.
+_BAD_ARRAYS = (ValueError, LookupError, OverflowError, TypeError, SyntaxError, TokenError)
+_BAD_ARCHIVES = (BadZipFile, zlib.error, struct.error, EOFError, RuntimeError)
 
 Arrays = dict[str, np.ndarray]
 
@@ -167,3 +186,85 @@ def _class_names(array: np.ndarray) -> tuple[str, ...]:
         if name in names[:i]:
             raise InvalidValue(f"class_names must differ, got {name[:50]!r} twice")
     return names
+
+
+# ---------------------------------------------------------------------------------- the archive
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file, by name. Nothing in it is unpickled.
+
+    Every header is compared with the size of its data before memory is taken. Raises
+    DamagedFile for other files and for arrays that are neither numbers nor text, TooLarge for
+    what does not fit into memory.
+    """
+    try:
+        with ZipFile(path) as archive:
+            members = _checked_members(archive)
+            return {name: _array(archive, member) for name, member in members.items()}
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror or error}") from error
+    except (*_BAD_ARRAYS, *_BAD_ARCHIVES) as error:
+        raise DamagedFile(
+            f"{path} is not a whole .npz file of arrays: {_in_short(error)}; "
+            "write it again with numpy.savez"
+        ) from error
+    except MemoryError as error:
+        raise TooLarge(f"{path} does not fit into memory: {_in_short(error)}") from error
+
+
+def _checked_members(archive: ZipFile) -> dict[str, ZipInfo]:
+    members = archive.infolist()
+    if len(members) > MAX_ARRAYS:
+        raise ValueError(f"it holds {len(members)} arrays, at most {MAX_ARRAYS} are allowed")
+    if len(members) != _stated_count(archive):
+        raise ValueError("its directory is damaged")
+    total, free = sum(m.file_size for m in members), psutil.virtual_memory().available
+    if total > free:
+        raise MemoryError(f"it unpacks to {in_words(total)}, {in_words(free)} are free")
+    named = {member.filename.removesuffix(".npy"): member for member in members}
+    if len(named) < len(members):
+        raise ValueError("two arrays have the same name")
+    for name, member in named.items():
+        if not name.isprintable() or len(name) > 100:
+            raise ValueError(f"an array has the name {name[:100]!r}")
+        _check_member(archive, member)
+    return named
+
+
+def _stated_count(archive: ZipFile) -> int:
+    """How many files a ZIP says at its end that it holds; `zipfile` may find fewer, silently."""
+    archive.fp.seek(-22 - len(archive.comment), os.SEEK_END)
+    return struct.unpack_from("<H", archive.fp.read(), 10)[0]
+
+
+def _check_member(archive: ZipFile, member: ZipInfo) -> None:
+    """Raise ValueError unless a member is one array of numbers or text that fills it exactly."""
+    name = repr(member.filename)
+    if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed in a way that NumPy does not write")
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"{name} has the unknown version {version}")
+        shape, _, dtype = readers[version](file)
+        if dtype.kind not in "biufcUS" or dtype.itemsize == 0:
+            raise ValueError(f"{name} holds {dtype}, only numbers and text are read")
+        size = file.tell() + prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != member.file_size:
+            raise ValueError(f"{name} has not the size that it says: {shape} of {dtype}")
+
+
+def _array(archive: ZipFile, member: ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _in_short(error: Exception) -> str:
+    """The start of an error's first line, fit for a terminal; its type where it has no text."""
+    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

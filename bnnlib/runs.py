@@ -68,7 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def parameter_hash(model: nn.Module) -> str:
-    """SHA-256 of all parameters and averages, with their names, as saved by `save_model`."""
+    """SHA-256 of all parameters and averages, with their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -121,7 +121,7 @@ class Position:
     @property
     def text(self) -> str:
         """Where this is, for messages."""
-        if self.order is None:
+        if not self.losses:
             return f"epoch {len(self.history)}"
         return self.at(len(self.losses))
 
@@ -173,17 +173,18 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, position: P
 
     A NaN inside the network need not reach the loss: its sign counts as +1.
     """
-    losses = torch.stack(position.losses) if position.losses else torch.zeros(0)
-    bad = (~losses.isfinite()).nonzero().flatten()
-    if len(bad):
-        first = bad[0].item()
-        raise loss_not_finite(losses[first].item(), position.at(first + 1))
     tensors = dict(model.state_dict())
     for name, p in model.named_parameters():
         tensors |= {f"{k} of {name}": v for k, v in optimizer.state.get(p, {}).items()}
-    for name, tensor in tensors.items():
-        if not torch.as_tensor(tensor).isfinite().all():
-            raise NotFinite(f"{name} is not finite after {position.text}; {_ADVICE}")
+    bad = (name for name, t in tensors.items() if not torch.as_tensor(t).isfinite().all())
+    source = next(bad, None)
+    losses = torch.stack(position.losses) if position.losses else torch.zeros(0)
+    lost = (~losses.isfinite()).nonzero().flatten()
+    if len(lost):
+        first = lost[0].item()
+        raise loss_not_finite(losses[first].item(), position.at(first + 1), source)
+    if source:
+        raise NotFinite(f"{source} is not finite after {position.text}; {_ADVICE}")
 
 
 def loss_not_finite(loss: float, where: str, source: str | None = None) -> NotFinite:

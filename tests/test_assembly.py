@@ -22,7 +22,8 @@ from bnnlib.batches import scale_pixels
 from bnnlib.catalogue import published, smoke
 from bnnlib.corruption import random_labels
 from bnnlib.errors import InvalidValue, TooLarge
-from bnnlib.files import forms, in_words
+from bnnlib.files import in_words
+from bnnlib.tensors import forms
 from bnnlib.variants import named
 
 BASE = smoke(published("svhn-random-labels"))

@@ -148,7 +148,7 @@ def test_an_interrupted_grid_keeps_what_was_measured(tmp_path, monkeypatch):
         return measure(e, device)
 
     monkeypatch.setattr(capacity, "measure", interrupted)
-    with pytest.raises(Interrupted, match="is kept and goes on"):
+    with pytest.raises(Interrupted, match="is kept; the same command continues it"):
         measure_grid(TINY, tmp_path / "grid", device="cpu")
     assert len(load_grid(tmp_path / "grid")) == 1
 

@@ -76,6 +76,14 @@ def interrupted(experiment, out, monkeypatch, stop_at, step):
     return str(caught.value)
 
 
+def steps_of(action):
+    """What `action` returns, and how many steps of the optimizer it took."""
+    with pytest.MonkeyPatch.context() as patches:
+        step, taken = BinaryAdam.step, []
+        patches.setattr(BinaryAdam, "step", lambda *args: taken.append(1) or step(*args))
+        return action(), len(taken)
+
+
 def checkpoints(out):
     return sorted((out / "checkpoints").glob("*.safetensors"))
 
@@ -108,7 +116,9 @@ def test_after_an_interrupt_at_any_step_the_run_goes_on(
     assert f"stopped by SIGINT after step {within + 1} of epoch {epoch + 1}" in message
     assert str(out) in message
     assert not is_finished(out)
-    assert differences(uninterrupted, quietly(SHORT, out)) == []
+    resumed, steps = steps_of(lambda: quietly(SHORT, out))
+    assert steps == 15 - step
+    assert differences(uninterrupted, resumed) == []
     assert differences(load_run(uninterrupted.folder), load_run(out)) == []
 
 
@@ -116,7 +126,10 @@ def test_after_an_interrupt_at_any_step_the_run_goes_on(
 def test_every_kind_of_run_goes_on(name, tmp_path, monkeypatch, stop_at):
     e, out = OTHERS[name], tmp_path / "out"
     interrupted(e, out, monkeypatch, stop_at, step=3)
-    assert differences(quietly(e), quietly(e, out)) == []
+    whole, all_steps = steps_of(lambda: quietly(e))
+    resumed, steps = steps_of(lambda: quietly(e, out))
+    assert steps == all_steps - 3 > 0
+    assert differences(whole, resumed) == []
 
 
 def test_an_evaluation_is_given_up_and_done_again(uninterrupted, tmp_path, monkeypatch, stop_at):
@@ -196,7 +209,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     older, newest = checkpoints(out)
     damaged(newest, how)
     with pytest.warns(BnnlibWarning, match=f"{newest.name} is damaged.*the state before it"):
-        assert differences(uninterrupted, quietly(SHORT, out)) == []
+        resumed, steps = steps_of(lambda: quietly(SHORT, out))
+    assert steps == 15 - 7
+    assert differences(uninterrupted, resumed) == []
     assert not (out / "checkpoints").exists()
     assert older != newest
 
@@ -209,8 +224,11 @@ def test_without_a_whole_checkpoint_the_run_begins_anew(
     for path in checkpoints(out):
         damaged(path, "truncated")
     with pytest.warns(BnnlibWarning) as warned:
-        assert differences(uninterrupted, quietly(SHORT, out)) == []
-    assert len(warned) == 2
+        resumed, steps = steps_of(lambda: quietly(SHORT, out))
+    assert steps == 15
+    assert differences(uninterrupted, resumed) == []
+    then = [str(warning.message).rpartition("; ")[2] for warning in warned]
+    assert then == ["the state before it is used", "the run begins anew"]
 
 
 def test_the_state_of_another_experiment_is_refused(tmp_path, monkeypatch, stop_at):
@@ -283,8 +301,8 @@ def test_a_full_disk_ends_the_run_with_its_last_good_state(
         written.append(path) if path.name.startswith("checkpoint") else None
         return flush(path, *args)
 
-    flush, written, out = bnnlib.files._flush, [], tmp_path / "out"
-    monkeypatch.setattr("bnnlib.files._flush", full)
+    flush, written, out = bnnlib.files.flush, [], tmp_path / "out"
+    monkeypatch.setattr("bnnlib.files.flush", full)
     with pytest.raises(CannotWrite, match="cannot be written: No space left on device"):
         quietly(SHORT, out)
     monkeypatch.undo()

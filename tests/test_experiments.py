@@ -158,9 +158,9 @@ def test_a_finished_run_is_read_and_not_repeated(folder):
 def test_a_file_in_the_place_of_the_folder_or_above_it_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(FolderInUse, match="file is a file"):
+    with pytest.raises(FolderInUse, match="file is not a folder"):
         quietly(BASE, file)
-    with pytest.raises(CannotWrite, match="below cannot be made: Not a directory"):
+    with pytest.raises(CannotWrite, match="below cannot be made"):
         quietly(BASE, file / "below")
     assert file.read_text() == "mine"
 
@@ -170,6 +170,9 @@ def test_a_file_in_the_place_of_the_folder_or_above_it_is_refused(tmp_path):
     [
         (("svhn-l2",), "run takes an Experiment"),
         ((BASE, None, "cpu", nan), "checkpoint_every must be 0 seconds or more, got nan"),
+        ((BASE, None, "cpu", "5"), "checkpoint_every must be 0 seconds or more, got '5'"),
+        ((BASE, 3), "out must be the path of a folder, got 3"),
+        ((BASE, None, None), "device must be text, such as 'cpu', got None"),
         ((BASE, None, "cpu", -1), "checkpoint_every must be 0 seconds or more, got -1"),
         ((BASE, "a\0b"), "is no name for a folder"),
     ],
@@ -304,6 +307,17 @@ def test_the_evaluation_is_an_experiment_too(finished, tmp_path):
     before = content(tmp_path / "out")
     assert quietly(experiment, tmp_path / "out").experiment == experiment
     assert content(tmp_path / "out") == before
+
+
+def test_an_evaluation_replaces_no_run_that_ended_meanwhile(finished, tmp_path, monkeypatch):
+    def slowly(*arguments):
+        quietly(BASE, tmp_path / "out")  # by somebody else
+        return evaluate_run(*arguments)
+
+    monkeypatch.setattr("bnnlib.experiments.evaluate_run", slowly)
+    with pytest.raises(InvalidValue, match="holds another experiment"):
+        quietly(replace(EVALUATION, run_folder=str(finished.folder)), tmp_path / "out")
+    assert load_run(tmp_path / "out").experiment == BASE
 
 
 def test_the_evaluation_needs_the_folder_of_a_run(tmp_path):

@@ -362,7 +362,7 @@ def test_a_file_in_the_place_of_the_states_is_refused_before_the_first_step(unfi
 @posix
 def test_a_link_to_nowhere_is_no_folder(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(FolderInUse, match="out is a file; choose another"):
+    with pytest.raises(FolderInUse, match="out is not a folder; choose another"):
         go_on(tmp_path / "out")
     assert not (tmp_path / "nowhere").exists()
 

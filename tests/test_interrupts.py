@@ -15,7 +15,7 @@ from bnnlib.experiments import is_finished, load_run, published, run, smoke
 from bnnlib.interrupts import SIGNALS, deferred_interrupts
 from bnnlib.runs import differences
 
-EPOCHS = 40  # about two seconds, which is long enough to be interrupted in
+EPOCHS = 200  # long enough to be interrupted in
 EXPERIMENT = replace(smoke(published("svhn-random-labels")), epochs=EPOCHS)
 
 

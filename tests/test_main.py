@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -252,6 +253,13 @@ def test_an_interrupt_ends_quietly(monkeypatch):
     result = call(*RUN)
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"
+
+
+def test_sigterm_ends_quietly_too_wherever_it_comes(monkeypatch):
+    monkeypatch.setattr("bnnlib.__main__.run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    result = call(*RUN)
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # ---------------------------------------------------------------------------------- --set

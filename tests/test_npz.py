@@ -7,7 +7,6 @@ from zipfile import ZIP_BZIP2, ZipFile
 import numpy as np
 import pytest
 
-import bnnlib.files
 import bnnlib.npz
 from benchmarks.mutations import mutations
 from bnnlib.data import load_npz
@@ -269,7 +268,7 @@ def test_a_file_that_cannot_be_read_is_refused(npz, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = npz(**PAIR)
-    monkeypatch.setattr(bnnlib.files, "ZipFile", no_access)
+    monkeypatch.setattr(bnnlib.npz, "ZipFile", no_access)
     assert "cannot be read: Permission denied" in refusal(path, kind=DamagedFile)
 
 
@@ -308,7 +307,7 @@ def test_what_would_not_fit_into_memory_is_refused(npz, tmp_path, monkeypatch):
         archive.infolist()[0].file_size = 10**13 + len(header((10**13, 1, 1, 1)))
     assert "it unpacks to 10 TB" in refusal(path, kind=TooLarge)
     memory = SimpleNamespace(available=100)
-    monkeypatch.setattr(bnnlib.files.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(bnnlib.npz.psutil, "virtual_memory", lambda: memory)
     assert "100 bytes are free" in refusal(npz(**PAIR), kind=TooLarge)
 
 
