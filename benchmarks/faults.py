@@ -117,7 +117,7 @@ def killed_at_events(shop: Workshop) -> Row:
 def killed_at_random(shop: Workshop) -> Row:
     """SIGKILL of `python -m bnnlib run` at random moments of its life, starting up included."""
     tries = shop.count(40)
-    e, out = replace(SHORT, epochs=30 * tries), shop.new()  # so many fit into as many lives
+    e, out = replace(SHORT, epochs=60 * tries), shop.new()  # more than fit into so many lives
     whole = run(e, shop.new(), device="cpu", progress="none")
     rng, kills, ended = random.Random(0), 0, None
     while kills < tries and ended != 0:

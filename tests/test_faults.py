@@ -30,6 +30,6 @@ def test_everything_that_was_tried_at_length_ended_as_promised():
     rows = {row["fault"]: row for row in reliability()}
     assert all(row["tried"] == row["as promised"] for row in rows.values())
     assert rows["SIGKILL at a chosen point"]["tried"] >= 200
-    assert rows["SIGKILL at a random moment"]["tried"] >= 30
+    assert rows["SIGKILL at a random moment"]["tried"] >= 20
     altered = [row["tried"] for name, row in rows.items() if name.startswith("altered")]
     assert sum(altered) >= 10_000
