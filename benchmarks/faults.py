@@ -133,6 +133,7 @@ def killed_at_random(shop: Workshop) -> Row:
 
 
 _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+_QUIET |= {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}  # like the run it is compared with
 
 
 def _command(e: Experiment, out: Path) -> list[str]:
@@ -322,11 +323,11 @@ def main(scale: float, out: Path | None) -> None:
         raise click.UsageError("a trial needs --out, to leave the published file alone")
     out = out or RESULTS / "reliability.json"
     torch.set_num_threads(1)
+    about = {**environment(torch.device("cpu")), "scale": scale}
     start, found = time.perf_counter(), []
     for row in rows(scale):
         found.append(asdict(row))
         click.echo(f"{row.fault}: {row.as_promised} of {row.tried}; {row.outcome}")
-    about = {**environment(torch.device("cpu")), "scale": scale}
     seconds = round(time.perf_counter() - start, 1)
     write_json(out, {**about, "seconds": seconds, "faults": found})
     if any(row["tried"] != row["as_promised"] for row in found):

@@ -1,5 +1,6 @@
 """Ctrl-C in a shell, in a notebook, in a thread."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -88,7 +89,9 @@ def uninterrupted(tmp_path_factory):
 def test_in_a_shell_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     command = [sys.executable, "-m", "bnnlib", "run", "svhn-random-labels", "--profile", "smoke"]
     command += ["--set", f"epochs={EPOCHS}", "--out", "out", "--device", "cpu"]
-    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # like the run it is compared with
+    options = {**pipes, "cwd": tmp_path, "env": one_thread}
     process = subprocess.Popen(command, **options)
     wait_for(tmp_path / "out" / "history.csv", lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
