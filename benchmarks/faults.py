@@ -132,8 +132,11 @@ def killed_at_random(shop: Workshop) -> Row:
     return Row("SIGKILL at a random moment", kills, kills * same, told)
 
 
-_QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-_QUIET |= {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}  # like the run it is compared with
+_QUIET = {
+    "stdout": subprocess.DEVNULL,
+    "stderr": subprocess.DEVNULL,
+    "env": {**os.environ, "OMP_NUM_THREADS": "1"},  # like the run it is compared with
+}
 
 
 def _command(e: Experiment, out: Path) -> list[str]:
