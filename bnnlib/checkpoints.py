@@ -214,7 +214,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, training: Training, every: float):
         self.folder, self.training, self.every = folder / "checkpoints", training, every
-        self.saved = time.monotonic()
+        self.saved, self.saved_at = time.monotonic(), None
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise DamagedFile(f"{self.folder} is a link or a file, not a folder; remove it")
 
@@ -236,8 +236,11 @@ class Checkpoints:
         state = sum(tensor.nbytes for tensor in self.training.tensors().values())
         return (KEPT + 1) * state - sum(path.stat().st_size for path in self._files())
 
-    def save(self) -> Path:
-        """Write the state, then forget all but the last two. Returns the new file."""
+    def save(self) -> None:
+        """Write the state, unless it is the last one saved, then forget all but the last two."""
+        here = (self.training.steps, len(self.training.position.history))
+        if here == self.saved_at:
+            return
         make_folder(self.folder)
         unnamed = self.folder / "checkpoint.safetensors"
         digest = self.training.save(unnamed)
@@ -249,8 +252,7 @@ class Checkpoints:
                 old.unlink()
         except OSError as error:
             raise CannotWrite(f"{path} cannot be written: {error.strerror}") from error
-        self.saved = time.monotonic()
-        return path
+        self.saved, self.saved_at = time.monotonic(), here
 
     def save_if_due(self) -> None:
         """Save where the last save is long enough ago."""
