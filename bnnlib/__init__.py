@@ -1,11 +1,11 @@
 """Binarized neural networks that memorize, in the order a batch meets the modules:
 
 errors, files, tensors, drawing, glyphs, shapes, patterns, downloads, npz, data, corruption,
-batches, quantizers, layers, models, losses, optim, history, train, probes, limits, catalogue,
-variants, assembly, interrupts, checkpoints, runs, folders, experiments, capacity, claims, plots,
-chapters, __main__.
+batches, quantizers, layers, precision, models, losses, optim, steps, history, train, probes,
+limits, catalogue, variants, assembly, interrupts, checkpoints, runs, folders, experiments,
+capacity, claims, plots, chapters, __main__.
 
 Import from the module that holds the name: `from bnnlib.layers import BinaryLinear`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

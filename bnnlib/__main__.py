@@ -26,6 +26,7 @@ from bnnlib.experiments import (
     run,
 )
 from bnnlib.limits import type_in_words
+from bnnlib.precision import PRECISIONS
 from bnnlib.train import describe_row
 
 
@@ -157,7 +158,10 @@ def describe(name: str, profile: str) -> None:
     type=float,
     help="Least time between two saves of the state.",
 )
-def run_experiment(name, profile, out, settings, device, data, download, checkpoint_every) -> None:
+@click.option("--precision", default="auto", show_default=True, help=", ".join(PRECISIONS))
+def run_experiment(
+    name, profile, out, settings, device, data, download, checkpoint_every, precision
+) -> None:
     """Run one experiment and keep it in a folder; an unfinished run there goes on.
 
     Ctrl-C once, or SIGTERM: finish the step, save, stop with status 130. Twice: stop now.
@@ -169,6 +173,7 @@ def run_experiment(name, profile, out, settings, device, data, download, checkpo
         "root": data,
         "download": download,
         "checkpoint_every": checkpoint_every,
+        "precision": precision,
     }
     if experiment.evaluates and not experiment.run_folder:
         experiment = _with_run_to_evaluate(experiment, profile, how)

@@ -19,6 +19,7 @@ from bnnlib.errors import InvalidValue, TooLarge
 from bnnlib.files import in_words
 from bnnlib.layers import BinaryLayer, binary_layers, seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
+from bnnlib.precision import use_half
 from bnnlib.tensors import Form, forms
 
 
@@ -87,8 +88,13 @@ def check_size(network: str, data: ImageSet) -> None:
         )
 
 
-def build_model(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
-    """The experiment's network with its initial weights, which are the same on every device."""
+def build_model(
+    experiment: Experiment, device: torch.device | str = "cpu", half: bool = False
+) -> nn.Module:
+    """The experiment's network with its initial weights, which are the same on every device.
+
+    `half`: its layers take their sums in half precision where that is exact.
+    """
     e = experiment
     model = binarynet(
         e.network,
@@ -101,6 +107,8 @@ def build_model(experiment: Experiment, device: torch.device | str = "cpu") -> n
         dropout_position=e.dropout_position,
     )
     model = model.to(device, memory_format=torch.channels_last)
+    if half:
+        use_half(model)
     return seed_layers(model, stream(e.seed, "random layers"))
 
 

@@ -52,27 +52,34 @@ class Batches:
         """Images in the set."""
         return len(self.labels)
 
-    def shuffled(
-        self, generator: torch.Generator, skip: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of full batches in a new random order, without its first `skip`.
+    @property
+    def steps(self) -> int:
+        """Full batches in the set."""
+        return len(self) // self.batch_size
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The images of each full batch of an epoch, drawn anew: (steps, batch_size) int64.
 
         Images that are left over are dropped. The original drops them too, by Python 2's
         integer division (`binary_net_random_labels.py:282`). `generator` is a CPU generator,
-        so the order is the same on every device.
+        and so is the result: the order is the same on every device.
         """
         check_fills_batch(len(self), self.batch_size)
-        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-        full = len(self) - len(self) % self.batch_size
-        for index in order[:full].split(self.batch_size)[skip:]:
-            yield self._take(index)
+        order = torch.randperm(len(self), generator=generator)
+        return order[: self.steps * self.batch_size].view(self.steps, self.batch_size)
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of full batches in the order drawn from `generator`."""
+        for index in self.order(generator).to(self.labels.device):
+            yield self.take(index)
 
     def in_order(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image once, in the order of the set; the last batch may be smaller."""
         size = batch_size or self.batch_size
         for start in range(0, len(self), size):
-            yield self._take(slice(start, start + size))
+            yield self.take(slice(start, start + size))
 
-    def _take(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def take(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """The images at `index`, as a network takes them, and their labels."""
         x = scale_pixels(self.images[index])
         return x.contiguous(memory_format=torch.channels_last), self.labels[index]

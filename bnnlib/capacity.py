@@ -24,7 +24,7 @@ from bnnlib.folders import RESULTS
 from bnnlib.history import History, read_table
 from bnnlib.layers import evaluating
 from bnnlib.runs import environment
-from bnnlib.train import EVALUATION_BATCH, progress_style
+from bnnlib.train import progress_style
 from bnnlib.variants import CAPACITY
 
 STORED = RESULTS / "capacity"
@@ -90,7 +90,7 @@ def measure(experiment: Experiment, device: str = "auto") -> Row:
     """
     result = run(experiment, device=device, progress="none")
     data = prepare_data(replace(experiment, n_test=0))["train"]
-    batches = Batches(data, EVALUATION_BATCH, next(result.model.parameters()).device)
+    batches = Batches(data, len(data), next(result.model.parameters()).device)
     with torch.inference_mode(), evaluating(result.model):
         predicted = [result.model(x).argmax(1) for x, _ in batches.in_order()]
     information = mutual_information(torch.cat(predicted).cpu(), data.labels)

@@ -51,7 +51,7 @@ class Training:
     @property
     def steps(self) -> int:
         """Updates of the parameters so far."""
-        return self.optimizer.param_groups[0].get("step", 0)
+        return int(self.optimizer.updates)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the state, by name."""
@@ -62,9 +62,9 @@ class Training:
             state["generator.layers"] = sampling.get_state()
         if position.history:
             state["history"] = _table(position.history)
-        if position.losses:
-            state["epoch.losses"] = torch.stack(position.losses)
-            state["epoch.wrong"] = torch.stack(position.wrong)
+        if position.done:
+            state["epoch.losses"] = position.losses[: position.done]
+            state["epoch.wrong"] = position.wrong[: position.done]
         state |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
             state |= {f"optimizer.{name}.{k}": self.optimizer.moments(p)[k] for k in MOMENTS}
@@ -77,9 +77,9 @@ class Training:
             "experiment_sha256": self.digest,
             "device": self.device.type,
             "epochs": len(self.position.history),
-            "steps": len(self.position.losses),  # of the epoch under way
+            "steps": self.position.done,  # of the epoch under way
             "seconds": time.perf_counter() - self.position.started,
-            "updates": [group.get("step", 0) for group in self.optimizer.param_groups],
+            "updates": [self.steps] * len(self.optimizer.param_groups),
             "columns": self.position.history.columns,
         }
 
@@ -127,8 +127,10 @@ class Training:
         for name, p in self.model.named_parameters():
             for kind, tensor in self.optimizer.moments(p).items():
                 tensor.copy_(state[f"optimizer.{name}.{kind}"])  # keeps its memory format
-        for group, updates in zip(self.optimizer.param_groups, about["updates"], strict=True):
-            group["step"] = updates
+        updates = about["updates"]
+        if updates != updates[:1] * len(self.optimizer.param_groups):
+            raise ValueError(f"its groups of parameters took {shown(updates)} steps")
+        self.optimizer.updates.fill_(updates[0])
         if "generator.layers" in state:
             random_generator(self.model).set_state(state["generator.layers"])
         self.order.set_state(state["generator.order"])
@@ -140,9 +142,10 @@ class Training:
             self.position.history = _history(state["history"], about["columns"])
         self.position.order = state["generator.order"]
         self.position.started = time.perf_counter() - about["seconds"]
+        self.position.done = about["steps"]
         if about["steps"]:
-            self.position.losses = list(state["epoch.losses"].to(self.device).unbind())
-            self.position.wrong = list(state["epoch.wrong"].to(self.device).unbind())
+            self.position.losses = state["epoch.losses"]
+            self.position.wrong = state["epoch.wrong"]
 
 
 def _table(history: History) -> Tensor:

@@ -57,6 +57,7 @@ from bnnlib.layers import binarize_parameters_
 from bnnlib.losses import error_rate, l2_penalty
 from bnnlib.models import penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.precision import uses_half
 from bnnlib.probes import Recorder, mode_errors
 from bnnlib.runs import (
     Run,
@@ -114,6 +115,7 @@ def run(
     download: bool = False,
     progress: str = "auto",
     checkpoint_every: float = 300.0,
+    precision: str = "auto",
 ) -> Run:
     """Train as `experiment` says and, where `out` is given, keep everything in that folder.
 
@@ -122,7 +124,7 @@ def run(
     run is finished, its last two checkpoints, saved every `checkpoint_every` seconds. A folder
     with an unfinished run of the same experiment is continued, one with a finished run is
     read and left alone; nothing else is ever written to. `root` and `download` are those of
-    `data.load`.
+    `data.load`, `precision` is that of `precision.uses_half`.
 
     With a folder, a first Ctrl-C or SIGTERM finishes the step, saves, and raises
     Interrupted. Raises InvalidValue for a folder with another experiment, FolderInUse for
@@ -132,6 +134,7 @@ def run(
     """
     _check_arguments(experiment, out, device, root, checkpoint_every)
     where, style = resolve_device(device), progress_style(progress)
+    half = uses_half(precision, where) and experiment.binary
     folder = None if out is None else Path(out).expanduser()
     if folder:
         check_folder(folder, experiment)
@@ -143,16 +146,16 @@ def run(
     sets = prepare_data(experiment, root, download)
     check_fills_batch(len(sets["train"]), experiment.batch_size)
     check_size(experiment.network, sets["train"])
-    record = describe(experiment, sets, where)
+    record = describe(experiment, sets, where, half)
     labels = {split: data.labels for split, data in sets.items()}
     result = Run(experiment, History(), record, None, labels, folder)
     if folder is None:
-        return _train(result, sets, where, style)
+        return _train(result, sets, where, half, style)
     make_folder(folder)
     with locked(folder):
         check_folder(folder, experiment)  # as it is by now
         if not is_finished(folder):
-            return _train_in_folder(result, sets, where, style, checkpoint_every)
+            return _train_in_folder(result, sets, where, half, style, checkpoint_every)
     return _finished(folder, style)
 
 
@@ -182,16 +185,16 @@ def _finished(folder: Path, style: str) -> Run:
 Sets = dict[str, ImageSet]
 
 
-def _train(result: Run, sets: Sets, device: torch.device, style: str) -> Run:
-    training = _training(result.experiment, sets["train"], device)
+def _train(result: Run, sets: Sets, device: torch.device, half: bool, style: str) -> Run:
+    training = _training(result.experiment, sets["train"], device, half)
     _fit(result, training, sets, device, style)
     return result
 
 
 def _train_in_folder(
-    result: Run, sets: Sets, device: torch.device, style: str, every: float
+    result: Run, sets: Sets, device: torch.device, half: bool, style: str, every: float
 ) -> Run:
-    training = _training(result.experiment, sets["train"], device)
+    training = _training(result.experiment, sets["train"], device, half)
     checkpoints = Checkpoints(result.folder, training, every)
     goes_on = checkpoints.restore()
     check_free_disk(result.folder, checkpoints.needed)
@@ -217,9 +220,9 @@ def _train_in_folder(
     return result
 
 
-def _training(e: Experiment, train: ImageSet, device: torch.device) -> Training:
+def _training(e: Experiment, train: ImageSet, device: torch.device, half: bool) -> Training:
     """A network before its first step."""
-    model = build_model(e, device)
+    model = build_model(e, device, half)
     return Training(
         e.digest(),
         model,

@@ -2,7 +2,7 @@
 
 In: a float tensor, (B, C, H, W) or (B, features). Out: the same kind of tensor. A binary
 layer keeps a real-valued *latent* weight in [-1, 1] and computes with its binarization.
-Next file: `models.py`.
+Next file: `precision.py`.
 """
 
 from collections.abc import Iterator
@@ -38,6 +38,7 @@ class BinaryLayer(nn.Module):
         check_name("weight mode", mode, MODES)
         self.mode = mode
         self.generator: torch.Generator | None = None  # for sampling, set by `seed_layers`
+        self.half = False  # whether sums are taken in half precision, see `precision.py`
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
         self.bias = nn.Parameter(torch.zeros(shape[0]))
         receptive_field = self.weight[0, 0].numel()  # 9 for a 3x3 convolution, else 1
@@ -53,8 +54,59 @@ class BinaryLayer(nn.Module):
             raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
         return binarize_stochastic(self.weight, self.generator)
 
+    @property
+    def in_half(self) -> bool:
+        """Whether this call takes its sums in half precision; real weights never do."""
+        return self.half and self.mode != "real"
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
+
+
+class _Convolution(torch.autograd.Function):
+    """`F.conv2d` with stride 1, or its form in half precision, and cheaper gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, padding: int, half: bool) -> Tensor:
+        ctx.padding, ctx.half = padding, half
+        if half:
+            x, weight = x.half(), weight.half()
+        ctx.save_for_backward(x, weight)
+        if half:
+            return F.conv2d(x, weight, padding=padding) + bias.view(-1, 1, 1)
+        return F.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        # A sum of its own takes a tenth of the time that oneDNN's convolution takes for it.
+        grad_bias = grad.sum((0, 2, 3))
+        if ctx.half:
+            grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
+        one, border = [1, 1], [ctx.padding, ctx.padding]
+        needed = [*ctx.needs_input_grad[:2], False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
+        )
+        if ctx.half:
+            grad_x, grad_weight = grad_x.float(), grad_weight.float()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class _HalfLinear(torch.autograd.Function):
+    """`F.linear` of operands that fp16 holds exactly; gradients in bf16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x, weight = x.half(), weight.half()
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight) + bias
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = (tensor.bfloat16() for tensor in ctx.saved_tensors)
+        half = grad.bfloat16()
+        return (half @ weight).float(), (half.T @ x).float(), grad.sum(0)
 
 
 class BinaryLinear(BinaryLayer):
@@ -67,6 +119,8 @@ class BinaryLinear(BinaryLayer):
         super().__init__((out_features, in_features), generator, mode)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_half:
+            return _HalfLinear.apply(x, self.effective_weight(), self.bias)
         return F.linear(x, self.effective_weight(), self.bias)
 
 
@@ -95,10 +149,10 @@ class BinaryConv2d(BinaryLayer):
         self.pad_value = pad_value
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.effective_weight()
-        if self.pad_value == 0:
-            return F.conv2d(x, weight, self.bias, padding=self.padding)
-        return F.conv2d(F.pad(x, (self.padding,) * 4, value=self.pad_value), weight, self.bias)
+        padding = self.padding
+        if self.pad_value != 0:
+            x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
+        return _Convolution.apply(x, self.effective_weight(), self.bias, padding, self.in_half)
 
 
 class BatchNorm(nn.Module):

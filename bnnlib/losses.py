@@ -5,6 +5,7 @@ Next file: `optim.py`.
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +17,7 @@ def squared_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
     -0.8 on ten classes gives 0.36, the loss of a network that has learned nothing.
     Source: `svhn_random_labels.py:340` of the original.
     """
-    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype).mul_(2).sub_(1)  # (B, C) +-1
+    targets = torch.full_like(logits, -1).scatter_(1, labels.unsqueeze(1), 1)  # (B, C) +-1
     return F.relu(1 - targets * logits).square().mean()
 
 

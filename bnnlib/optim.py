@@ -1,13 +1,13 @@
 """The original's Adam: a Glorot-scaled rate for each binary layer, then a clip to [-1, 1].
 
-In: a model with gradients. Out: its parameters, moved. Next file: `history.py`.
+In: a model with gradients. Out: its parameters, moved. Next file: `steps.py`.
 """
 
 from collections.abc import Iterable
-from math import sqrt
+from math import inf
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue
 from bnnlib.layers import binary_layers
@@ -46,6 +46,18 @@ class BinaryAdam(torch.optim.Optimizer):
             raise InvalidValue(f"lr must not be negative, got {lr}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "lr_scale": 1.0, "clip": None}
         super().__init__(params, defaults)
+        self._read: list[tuple[float, ...]] = []  # lr * lr_scale, beta1, beta2 of each group
+        self._settings: Tensor | None = None  # the same, where the parameters are
+        self._infinity: Tensor | None = None  # beside them
+
+    @property
+    def updates(self) -> Tensor:
+        """Steps so far: () float64, where the parameters are."""
+        first = self.param_groups[0]
+        if "step" not in first:
+            device = first["params"][0].device
+            first["step"] = torch.zeros((), dtype=torch.float64, device=device)
+        return first["step"]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -54,34 +66,67 @@ class BinaryAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        self.read_settings()
+        for group, rate in zip(self.param_groups, self._next_rates(), strict=True):
+            self._step_group(group, rate)
         return loss
 
-    def _step_group(self, group: dict) -> None:
+    def read_settings(self) -> None:
+        """Copy the rates of the groups to the device, where they have changed.
+
+        A step that was captured as a CUDA graph reads them there, and never looks at the groups.
+        """
+        read = [(g["lr"] * g["lr_scale"], *g["betas"]) for g in self.param_groups]
+        if read == self._read:
+            return
+        settings = torch.tensor(read, dtype=torch.float64)
+        if self._settings is None or len(read) != len(self._read):
+            self._settings = settings.to(self.updates.device)
+            self._infinity = torch.full((), inf, device=self.updates.device)
+        else:
+            self._settings.copy_(settings)
+        self._read = read
+
+    def _next_rates(self) -> tuple[Tensor, ...]:
+        """a_t of each group for the step that comes, as a tensor of no dimension."""
+        t = self.updates.add_(1)
+        scaled, beta1, beta2 = self._settings.unbind(1)
+        rates = scaled * (1 - beta2**t).sqrt() / (1 - beta1**t)
+        return (rates.float() if rates.is_cuda else rates).unbind()  # as the kernel reads it
+
+    def _step_group(self, group: dict, rate: Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        grads = [p.grad for p in params]
         states = [self.moments(p) for p in params]
-        m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        t = group["step"] = group.get("step", 0) + 1
-        beta1, beta2 = group["betas"]
-
-        torch._foreach_lerp_(m, grads, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, group["eps"])
-        rate = group["lr"] * group["lr_scale"] * sqrt(1 - beta2**t) / (1 - beta1**t)
-        torch._foreach_addcdiv_(params, m, denominator, -rate)
+        torch._fused_adam_(
+            params,
+            [_laid_out_like(p.grad, p) for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            # PyTorch's own bias corrections are 1 at step infinity: ours is in the rate.
+            [self._infinity] * len(params),
+            lr=rate,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
         if group["clip"] is not None:
-            torch._foreach_clamp_max_(params, group["clip"])
-            torch._foreach_clamp_min_(params, -group["clip"])
+            for p in params:
+                p.clamp_(-group["clip"], group["clip"])
 
-    def moments(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+    def moments(self, p: Tensor) -> dict[str, Tensor]:
         """The running averages m and v of a parameter's gradient, zero before its first step."""
         state = self.state[p]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state
+
+
+def _laid_out_like(grad: Tensor, p: Tensor) -> Tensor:
+    """`grad` in the memory format of `p`; the fused kernel takes both to be in the same order."""
+    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)

@@ -13,9 +13,12 @@ from torch import Tensor
 def sign(x: Tensor) -> Tensor:
     """+1 where x >= 0, else -1; never 0, and -0.0 counts as 0. NaN becomes +1.
 
-    Three passes instead of one `torch.where`, which is over ten times slower on a CPU.
+    1 - 2 [x < 0], with the comparison written as numbers: masks of type bool and `torch.where`
+    take about ten times as long on a CPU.
     """
-    return x.sign().add_(0.5).sign_()
+    negative = torch.empty_like(x, requires_grad=False)
+    torch.lt(x.detach(), 0, out=negative)
+    return torch.sub(torch.ones((), dtype=x.dtype), negative, alpha=2, out=negative)
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:

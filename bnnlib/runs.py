@@ -39,11 +39,13 @@ class Run:
     folder: Path | None = None
 
 
-def describe(e: Experiment, sets: dict[str, ImageSet], device: torch.device) -> dict[str, Any]:
+def describe(
+    e: Experiment, sets: dict[str, ImageSet], device: torch.device, half: bool = False
+) -> dict[str, Any]:
     """What an experiment does not say and a reader of its results must know."""
     return {
         "experiment_sha256": e.digest(),
-        **environment(device),
+        **environment(device, half),
         "images": {split: len(data) for split, data in sets.items()},
         "corruptions": {split: list(data.provenance) for split, data in sets.items()},
         "image_sha256": {split: data.image_hash() for split, data in sets.items()},
@@ -51,9 +53,10 @@ def describe(e: Experiment, sets: dict[str, ImageSet], device: torch.device) -> 
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, threads and the time of the start."""
+def environment(device: torch.device, half: bool = False) -> dict[str, Any]:
+    """Versions, device and its precision, threads, and the time of the start."""
     on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU"
     return {
         "versions": {
             "bnnlib": bnnlib.__version__,
@@ -61,7 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU",
+        "device": name + (", half precision" if half else ""),
         "threads": torch.get_num_threads(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

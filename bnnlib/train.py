@@ -18,11 +18,14 @@ from tqdm import tqdm
 from bnnlib.batches import Batches
 from bnnlib.errors import NotFinite, check_name
 from bnnlib.history import History
-from bnnlib.layers import evaluating
-from bnnlib.losses import mistakes, squared_hinge_loss
+from bnnlib.layers import binary_layers, evaluating
+from bnnlib.losses import mistakes
+from bnnlib.steps import Penalty, Step
 
 SCHEDULES = ("exponential", "linear")
-EVALUATION_BATCH = 500  # images; drawn weights are drawn once for so many
+# Images at once. On a CPU what a layer makes of them then stays in its caches.
+EVALUATION_BATCH = {"cpu": 100, "cuda": 2000}
+SAMPLED_BATCH = 500  # images for which stochastic weights are drawn once, on every device
 _ADVICE = "a smaller learning rate may help"
 
 
@@ -73,16 +76,22 @@ def evaluate(
     larger than in training, and all but the last are of one size.
     """
     mode = mode or EvaluationMode()
-    size = EVALUATION_BATCH
-    if mode.statistics == "batch":
-        size = ceil(len(batches) / ceil(len(batches) / batches.batch_size))
     with evaluating(model, mode.weights, mode.statistics, mode.seed):
         wrong = []
-        for x, labels in batches.in_order(size):
+        for x, labels in batches.in_order(_evaluation_batch(model, batches, mode.statistics)):
             wrong.append(mistakes(sum(model(x) for _ in range(mode.samples)), labels))
             after_batch()
     wrong = torch.cat(wrong).cpu()
     return Evaluation(wrong.double().mean().item(), _class_errors(wrong, batches), wrong)
+
+
+def _evaluation_batch(model: nn.Module, batches: Batches, statistics: str) -> int:
+    """Images at once, for a model that is in the mode it is evaluated in."""
+    if statistics == "batch":
+        return ceil(len(batches) / ceil(len(batches) / batches.batch_size))
+    if any(layer.mode == "stochastic" for layer in binary_layers(model)):
+        return SAMPLED_BATCH
+    return EVALUATION_BATCH.get(batches.labels.device.type, SAMPLED_BATCH)
 
 
 def _class_errors(wrong: Tensor, batches: Batches) -> tuple[float, ...]:
@@ -102,32 +111,56 @@ class Position:
 
     history: History = field(default_factory=History)  # of the epochs that are over
     order: Tensor | None = None  # state of the order's generator as the epoch under way began
-    losses: list[Tensor] = field(default_factory=list)  # () float32, of each step of that epoch
-    wrong: list[Tensor] = field(default_factory=list)  # () int64, images predicted wrongly
+    done: int = 0  # steps of that epoch
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # of each step, float32
+    wrong: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # mistakes
     started: float = 0.0  # of the epoch, on the clock `time.perf_counter`
 
-    def begin_epoch(self, generator: torch.Generator) -> None:
-        """Begin an epoch, or go on with the one under way."""
+    def begin_epoch(self, step: Step, generator: torch.Generator) -> None:
+        """Begin an epoch of calls to `step`, or go on with the one under way."""
         if self.order is None:
             self.order, self.started = generator.get_state(), time.perf_counter()
         else:
             generator.set_state(self.order)
+        order = step.batches.order(generator)
+        step.begin_epoch(order, self.losses[: self.done], self.wrong[: self.done])
+        self.losses, self.wrong = step.losses, step.wrong  # filled step by step
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Write the epoch into the history."""
         self.history.rows.append(row)
-        self.order, self.losses, self.wrong = None, [], []
+        self.order, self.done = None, 0
 
     @property
     def text(self) -> str:
         """Where this is, for messages."""
-        if not self.losses:
-            return f"epoch {len(self.history)}"
-        return self.at(len(self.losses))
+        return self.at(self.done) if self.done else f"epoch {len(self.history)}"
 
     def at(self, step: int) -> str:
         """A step of the epoch under way, counted from 1, for messages."""
         return f"step {step} of epoch {len(self.history) + 1}"
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    position: Position,
+    penalty: Penalty | None = None,
+) -> Step:
+    """The `Step` that raises NotFinite instead of a step on a loss that is no finite number.
+
+    On a CPU, that is: a GPU would have to wait for each loss, and is looked at once an epoch.
+    """
+
+    def look(x: Tensor, loss: Tensor) -> None:
+        if not isfinite(loss.item()):
+            raise loss_not_finite(
+                loss.item(), position.at(position.done + 1), first_not_finite(model, x)
+            )
+
+    on_cpu = batches.labels.device.type == "cpu"
+    return Step(model, optimizer, batches, penalty, look if on_cpu else None)
 
 
 def train_epoch(
@@ -135,37 +168,32 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     generator: torch.Generator,
-    after_step: Callable[[], object] = lambda: None,
-    penalty: Callable[[], Tensor | float] | None = None,
-    position: Position | None = None,
+    penalty: Penalty | None = None,
 ) -> tuple[float, float]:
     """One pass over the shuffled batches; returns mean loss and error, both in training mode.
 
-    `after_step` is called once for each batch, after its update; what `penalty` returns is
-    added to the loss; `position` is where the pass begins, and moves with it.
+    What `penalty` returns is added to the loss.
     Raises NotFinite when the loss, a weight or an average is no longer a finite number.
     """
-    model.train()
-    position = position or Position()
-    position.begin_epoch(generator)
-    on_cpu = batches.labels.device.type == "cpu"  # a GPU would have to wait for each loss
-    for x, labels in batches.shuffled(generator, skip=len(position.losses)):
-        logits = model(x)
-        loss = squared_hinge_loss(logits, labels)
-        if penalty:
-            loss = loss + penalty()
-        if on_cpu and not isfinite(loss.item()):
-            step, source = len(position.losses) + 1, first_not_finite(model, x)
-            raise loss_not_finite(loss.item(), position.at(step), source)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()  # moves the latent weights and clips them to [-1, 1]
-        position.losses.append(loss.detach())
-        position.wrong.append(mistakes(logits.detach(), labels).sum())
+    position = Position()
+    step = training_step(model, optimizer, batches, position, penalty)
+    return _pass(step, position, generator)
+
+
+def _pass(
+    step: Step,
+    position: Position,
+    generator: torch.Generator,
+    after_step: Callable[[], object] = lambda: None,
+) -> tuple[float, float]:
+    """The steps of the epoch at `position` that are not done yet; mean loss and error of all."""
+    position.begin_epoch(step, generator)
+    while position.done < step.count:
+        step()
+        position.done += 1
         after_step()
-    check_finite(model, optimizer, position)
-    error = torch.stack(position.wrong).sum().item() / (len(position.wrong) * batches.batch_size)
-    return torch.stack(position.losses).mean().item(), error
+    check_finite(step.model, step.optimizer, position)
+    return step.losses.mean().item(), step.wrong.sum().item() / step.order.numel()
 
 
 def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
@@ -178,7 +206,7 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer, position: P
         tensors |= {f"{k} of {name}": v for k, v in optimizer.state.get(p, {}).items()}
     bad = (name for name, t in tensors.items() if not torch.as_tensor(t).isfinite().all())
     source = next(bad, None)
-    losses = torch.stack(position.losses) if position.losses else torch.zeros(0)
+    losses = position.losses[: position.done]
     lost = (~losses.isfinite()).nonzero().flatten()
     if len(lost):
         first = lost[0].item()
@@ -231,7 +259,7 @@ def fit(
     generator: torch.Generator,
     evaluate_every: int = 1,
     mode: EvaluationMode | None = None,
-    penalty: Callable[[], Tensor | float] | None = None,
+    penalty: Penalty | None = None,
     measure: Measure = lambda model, results: {},
     progress: str = "auto",
     position: Position | None = None,
@@ -252,7 +280,8 @@ def fit(
     """
     sets = {"train": train, "valid": valid, "test": test}
     style, position = progress_style(progress), position or Position()
-    bar = _bar(style, position, len(train) // train.batch_size, len(rates))
+    step = training_step(model, optimizer, train, position, penalty)
+    bar = _bar(style, position, step.count, len(rates))
 
     def tick() -> None:
         bar.update()
@@ -263,7 +292,7 @@ def fit(
             lr = rates[epoch - 1]
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, error = train_epoch(model, optimizer, train, generator, tick, penalty, position)
+            loss, error = _pass(step, position, generator, tick)
             row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
             row["train_mode_error"] = error
             due = epoch % evaluate_every == 0 or epoch == len(rates)
@@ -306,7 +335,7 @@ def progress_style(progress: str = "auto") -> str:
 
 def _bar(style: str, position: Position, steps: int, epochs: int) -> tqdm:
     """A bar of all steps, `steps` an epoch, that begins at `position`; silent but for "bar"."""
-    done = len(position.history) * steps + len(position.losses)
+    done = len(position.history) * steps + position.done
     hidden, total = style != "bar", steps * epochs
     return tqdm(total=total, initial=done, unit="step", disable=hidden, mininterval=0.3)
 

@@ -13,6 +13,7 @@ from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet, penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.train import (
+    EVALUATION_BATCH,
     EvaluationMode,
     Position,
     check_finite,
@@ -103,7 +104,7 @@ def test_errors_of_a_constant_prediction_by_class(noise):
 
 @pytest.mark.parametrize("size", [7, 60, 500])
 def test_class_errors_average_to_the_error_over_every_image(start, size, monkeypatch):
-    monkeypatch.setattr("bnnlib.train.EVALUATION_BATCH", size)
+    monkeypatch.setitem(EVALUATION_BATCH, "cpu", size)
     model, _, batches = start()
     result = evaluate(model, batches)
     counts = torch.bincount(batches.labels, minlength=10).tolist()
@@ -261,9 +262,11 @@ def test_a_moment_that_overflows_is_seen_too(start):
 
 def test_a_loss_that_only_the_device_knows_is_found_when_it_is_read(start):
     model, optimizer, _ = start()
-    losses = [torch.tensor(value) for value in (1.0, nan, 2.0)]
+    losses = torch.tensor([1.0, nan, 2.0, nan])
+    order = seeded().get_state()
     with pytest.raises(NotFinite, match="became nan at step 2 of epoch 1"):
-        check_finite(model, optimizer, Position(order=seeded().get_state(), losses=losses))
+        check_finite(model, optimizer, Position(order=order, done=3, losses=losses))
+    check_finite(model, optimizer, Position(order=order, done=1, losses=losses))
 
 
 @pytest.mark.parametrize(("target", "kind"), [("weights", "dense"), ("gamma", "norm")])
@@ -419,8 +422,14 @@ def test_after_each_epoch_the_history_so_far_is_handed_out(start):
 def test_a_call_after_each_full_batch(start):
     model, optimizer, batches = start()
     calls = []
-    train_epoch(model, optimizer, batches, seeded(), lambda: calls.append(model.training))
-    assert calls == [True] * (len(batches) // batches.batch_size)
+    fit(
+        *(model, optimizer, batches),
+        rates=[0.1],
+        generator=seeded(),
+        progress="none",
+        after_step=lambda: calls.append(model.training),
+    )
+    assert calls == [True] * 3
 
 
 def test_lines_name_the_first_the_last_and_some_epochs_between(start, capsys):
