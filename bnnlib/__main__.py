@@ -27,6 +27,7 @@ from bnnlib.experiments import (
 )
 from bnnlib.limits import type_in_words
 from bnnlib.precision import PRECISIONS
+from bnnlib.side_by_side import run_side_by_side
 from bnnlib.train import describe_row
 
 
@@ -159,13 +160,19 @@ def describe(name: str, profile: str) -> None:
     help="Least time between two saves of the state.",
 )
 @click.option("--precision", default="auto", show_default=True, help=", ".join(PRECISIONS))
+@click.option("--seeds", metavar="N,N,...", help="One run for each seed, side by side.")
 def run_experiment(
-    name, profile, out, settings, device, data, download, checkpoint_every, precision
+    name, profile, out, settings, device, data, download, checkpoint_every, precision, seeds
 ) -> None:
     """Run one experiment and keep it in a folder; an unfinished run there goes on.
 
     Ctrl-C once, or SIGTERM: finish the step, save, stop with status 130. Twice: stop now.
+
+    --seeds 0,1,2 runs three at once, with these as seed and corruption_seed, each in a folder
+    of its own (seedN inside the folder --out).
     """
+    if seeds is not None:
+        sys.exit(_run_seeds(click.get_current_context().params))
     experiment = with_settings(at_profile(named(name), profile), settings)
     out = out or default_folder(experiment, profile)
     how = {
@@ -180,6 +187,30 @@ def run_experiment(
     result = run(experiment, out, **how)
     last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
     click.echo(f"{last}\n{out}")
+
+
+def _run_seeds(asked: dict[str, Any]) -> int:
+    """Run `bnnlib run` once for each seed, at the same time; returns the largest exit status."""
+    original = at_profile(named(asked["name"]), asked["profile"])
+    commands = {}
+    for text in asked["seeds"].split(","):
+        seed = parse_field("seed", text)
+        if f"seed {seed}" in commands:
+            raise InvalidValue(f"--seeds names {seed} twice")
+        settings = (*asked["settings"], f"seed={seed}", f"corruption_seed={seed}")
+        with_settings(original, settings)  # a mistake is told before the first one starts
+        out = asked["out"] and asked["out"] / f"seed{seed}"
+        commands[f"seed {seed}"] = _arguments(asked | {"settings": settings, "out": out})
+    return max(run_side_by_side(commands).values())
+
+
+def _arguments(asked: dict[str, Any]) -> list[str]:
+    """The command line of `bnnlib run` for one run."""
+    arguments = ["run", asked["name"], *(["--download"] if asked["download"] else [])]
+    for option in ("profile", "out", "device", "data", "checkpoint_every", "precision"):
+        if asked[option] is not None:
+            arguments += [f"--{option.replace('_', '-')}", str(asked[option])]
+    return arguments + [part for text in asked["settings"] for part in ("--set", text)]
 
 
 @main.command()

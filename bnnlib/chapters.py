@@ -3,7 +3,7 @@
 In: the source text of code cells. Out: names and values, or an error that names the mistake.
 papermill only logs a name it does not know and then runs with the default, so every chapter calls
 `check_parameters(In)` right after its parameters. No Jupyter import is needed here.
-Next file: `__main__.py`.
+Next file: `side_by_side.py`.
 """
 
 import ast

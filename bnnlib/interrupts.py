@@ -36,22 +36,26 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
             answered = True
             raise Interrupted(f"stopped by {signal.Signals(waiting[0]).name}")
 
-    before = _receive_by(receive)
-    try:
+    with signals_to(receive):
         yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if waiting and not answered:
         signal.raise_signal(waiting[0])
 
 
-def _receive_by(handler: Callable) -> dict[int, object]:
-    """Give the signals to `handler`; returns the handlers that had them."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
+@contextmanager
+def signals_to(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Inside the `with` block SIGINT and SIGTERM go to `handler`, but for one that is ignored.
+
+    Outside the main thread, where Python delivers no signals, nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, handler)
-    return before
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
