@@ -38,7 +38,7 @@ class BinaryLayer(nn.Module):
         check_name("weight mode", mode, MODES)
         self.mode = mode
         self.generator: torch.Generator | None = None  # for sampling, set by `seed_layers`
-        self.half = False  # whether sums are taken in half precision, see `precision.py`
+        self.precision = "float32"  # or "mixed" or "half", set by `precision.use_half`
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
         self.bias = nn.Parameter(torch.zeros(shape[0]))
         receptive_field = self.weight[0, 0].numel()  # 9 for a 3x3 convolution, else 1
@@ -54,26 +54,42 @@ class BinaryLayer(nn.Module):
             raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
         return binarize_stochastic(self.weight, self.generator)
 
-    @property
-    def in_half(self) -> bool:
-        """Whether this call takes its sums in half precision; real weights never do."""
-        return self.half and self.mode != "real"
+    def precision_now(self) -> str:
+        """The precision of this call: real weights are never rounded."""
+        return "float32" if self.mode == "real" else self.precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
 
 
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside the `with` block cuDNN does not round float32 to the 11 bits of TF32.
+
+    By default it does. That keeps +1 and -1, and changes pixels and real weights.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` with stride 1, or its form in half precision, and cheaper gradients."""
+    """`F.conv2d` with stride 1, at the precision of its layer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, padding: int, half: bool) -> Tensor:
-        ctx.padding, ctx.half = padding, half
-        if half:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, padding: int, precision: str):
+        ctx.padding, ctx.precision = padding, precision
+        if precision == "half":
             x, weight = x.half(), weight.half()
         ctx.save_for_backward(x, weight)
-        if half:
+        if precision == "half":
             return F.conv2d(x, weight, padding=padding) + bias.view(-1, 1, 1)
+        if precision == "float32" and x.is_cuda:
+            with _without_tf32():
+                return F.conv2d(x, weight, bias, padding=padding)
         return F.conv2d(x, weight, bias, padding=padding)
 
     @staticmethod
@@ -81,32 +97,33 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # A sum of its own takes a tenth of the time that oneDNN's convolution takes for it.
         grad_bias = grad.sum((0, 2, 3))
-        if ctx.half:
+        if ctx.precision != "float32":
             grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
         one, border = [1, 1], [ctx.padding, ctx.padding]
         needed = [*ctx.needs_input_grad[:2], False]
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
         )
-        if ctx.half:
+        if ctx.precision != "float32":
             grad_x, grad_weight = grad_x.float(), grad_weight.float()
         return grad_x, grad_weight, grad_bias, None, None
 
 
-class _HalfLinear(torch.autograd.Function):
-    """`F.linear` of operands that fp16 holds exactly; gradients in bf16."""
+class _MixedLinear(torch.autograd.Function):
+    """`F.linear` with the sums in fp16, where its layer says so, and the gradients in bf16."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x, weight = x.half(), weight.half()
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+        if precision == "half":
+            x, weight = x.half(), weight.half()
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight) + bias
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, grad: Tensor):
         x, weight = (tensor.bfloat16() for tensor in ctx.saved_tensors)
-        half = grad.bfloat16()
-        return (half @ weight).float(), (half.T @ x).float(), grad.sum(0)
+        rounded = grad.bfloat16()
+        return (rounded @ weight).float(), (rounded.T @ x).float(), grad.sum(0), None
 
 
 class BinaryLinear(BinaryLayer):
@@ -119,9 +136,10 @@ class BinaryLinear(BinaryLayer):
         super().__init__((out_features, in_features), generator, mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_half:
-            return _HalfLinear.apply(x, self.effective_weight(), self.bias)
-        return F.linear(x, self.effective_weight(), self.bias)
+        weight, precision = self.effective_weight(), self.precision_now()
+        if precision == "float32":
+            return F.linear(x, weight, self.bias)
+        return _MixedLinear.apply(x, weight, self.bias, precision)
 
 
 class BinaryConv2d(BinaryLayer):
@@ -152,7 +170,8 @@ class BinaryConv2d(BinaryLayer):
         padding = self.padding
         if self.pad_value != 0:
             x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
-        return _Convolution.apply(x, self.effective_weight(), self.bias, padding, self.in_half)
+        weight, precision = self.effective_weight(), self.precision_now()
+        return _Convolution.apply(x, weight, self.bias, padding, precision)
 
 
 class BatchNorm(nn.Module):

@@ -24,26 +24,27 @@ def is_exact_in_half(terms: int, even: bool) -> bool:
     return terms <= (2 * EVERY_INTEGER if even else EVERY_INTEGER)
 
 
-def exact_layers(model: nn.Sequential) -> list[BinaryLayer]:
-    """The layers of `model` whose sums are exact in fp16, from input to output.
-
-    A layer is among them if its inputs are those of a binary activation, and few enough. With
-    inputs of +1 and -1 a sum has the parity of its terms; at a border of zeros whole channels of
-    terms drop out, so that an even number of channels keeps it even.
-    """
-    found, inputs = [], None
+def fed_with_signs(model: nn.Sequential) -> dict[BinaryLayer, nn.Module]:
+    """The layers whose inputs come from a binary activation, with that activation, in order."""
+    found, values = {}, None
     for module in model:
         if isinstance(module, BinaryTanh | BinarySigmoid):
-            inputs = module
-        elif isinstance(module, BinaryLayer):
-            terms, channels = module.weight[0].numel(), module.weight.shape[1]
-            even = isinstance(inputs, BinaryTanh) and channels % 2 == 0
-            if inputs is not None and is_exact_in_half(terms, even):
-                found.append(module)
-            inputs = None
-        elif not isinstance(module, nn.Flatten):
-            inputs = None  # dropout after an activation makes other numbers of its values
+            values = module
+        elif isinstance(module, BinaryLayer) and values is not None:
+            found[module] = values
+        if not isinstance(module, BinaryTanh | BinarySigmoid | nn.Flatten):
+            values = None  # dropout, say, makes other numbers of them
     return found
+
+
+def is_exact(layer: BinaryLayer, values: nn.Module) -> bool:
+    """Whether fp16 has all sums of a layer, without the bias, that is fed by this activation.
+
+    With inputs of +1 and -1 a sum has the parity of its terms; at a border of zeros whole taps
+    drop out, so that an even number of channels keeps it even. Inputs of 0 and 1 have no parity.
+    """
+    terms, channels = layer.weight[0].numel(), layer.weight.shape[1]
+    return is_exact_in_half(terms, isinstance(values, BinaryTanh) and channels % 2 == 0)
 
 
 def uses_half(precision: str, device: torch.device) -> bool:
@@ -57,10 +58,12 @@ def uses_half(precision: str, device: torch.device) -> bool:
 
 
 def use_half(model: nn.Sequential) -> nn.Sequential:
-    """Let all `exact_layers` take their sums in fp16, and their gradients in bf16.
+    """Let layers that are fed with signs take their sums in fp16, where that is exact.
 
-    Weights, moments, normalization and loss stay in float32.
+    The others among them take sums in float32, or TF32, which is exact too. All of them take
+    their gradients in bf16, whose range is that of float32. Weights, moments, normalization
+    and loss stay in float32, and so does a layer that is fed with pixels.
     """
-    for layer in exact_layers(model):
-        layer.half = True
+    for layer, values in fed_with_signs(model).items():
+        layer.precision = "half" if is_exact(layer, values) else "mixed"
     return model

@@ -10,7 +10,7 @@ from bnnlib.errors import InvalidValue
 from bnnlib.layers import BinaryConv2d, BinaryLinear, evaluating
 from bnnlib.models import Architecture, binarynet
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.precision import exact_layers, is_exact_in_half, use_half, uses_half
+from bnnlib.precision import is_exact_in_half, use_half, uses_half
 from bnnlib.train import evaluate, fit, learning_rates
 
 SMALL = Architecture((16, 32), pool_every=1, dense=(64, 32), image_size=8)
@@ -18,6 +18,11 @@ SMALL = Architecture((16, 32), pool_every=1, dense=(64, 32), image_size=8)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def by_precision(model, precision):
+    """The names of the layers with a precision, from input to output."""
+    return [n for n, m in use_half(model).named_children() if vars(m).get("precision") == precision]
 
 
 def survives(integers, dtype):
@@ -49,16 +54,18 @@ def test_a_sum_is_exact_up_to_the_bound_of_its_parity(terms, even, exact):
 
 
 @pytest.mark.parametrize(
-    ("network", "names"),
+    ("network", "first", "half", "mixed"),
     [
-        ("cifar10", ["conv2", "conv3", "conv4", "conv5", "dense8", "dense9"]),
-        ("svhn", ["conv2", "conv3", "conv4", "conv5", "conv6", "dense7", "dense8", "dense9"]),
-        ("dense", ["dense2", "dense3"]),
+        ("cifar10", "conv1", "conv2 conv3 conv4 conv5 dense8 dense9", "conv6 dense7"),
+        ("svhn", "conv1", "conv2 conv3 conv4 conv5 conv6 dense7 dense8 dense9", ""),
+        ("dense", "dense1", "dense2 dense3", ""),
     ],
 )
-def test_the_exact_layers_of_a_network(network, names):
+def test_the_precision_of_the_layers_of_a_network(network, first, half, mixed):
     model = binarynet(network, generator=seeded())
-    assert [n for n, m in model.named_modules() if m in set(exact_layers(model))] == names
+    assert by_precision(model, "half") == half.split()
+    assert by_precision(model, "mixed") == mixed.split()
+    assert by_precision(model, "float32") == [first]  # it is fed with pixels
 
 
 def test_values_0_and_1_make_odd_sums_and_halve_the_bound():
@@ -67,18 +74,18 @@ def test_values_0_and_1_make_odd_sums_and_halve_the_bound():
         binarynet(wide, generator=seeded(), activation=f"binary_{name}")
         for name in ("tanh", "sigmoid")
     )
-    assert tanh.conv2 in exact_layers(tanh)
-    assert sigmoid.conv2 not in exact_layers(sigmoid)
+    assert "conv2" in by_precision(tanh, "half")
+    assert "conv2" in by_precision(sigmoid, "mixed")
     odd = binarynet(Architecture((255, 8), 1, (8,), 8), generator=seeded())  # 2295 terms
-    assert odd.conv2 not in exact_layers(odd)
+    assert "conv2" in by_precision(odd, "mixed")
 
 
 def test_what_dropout_leaves_is_not_binary():
     model = binarynet(
         SMALL, generator=seeded(), dropout=(0.2,), dropout_position="after_activation"
     )
-    assert model.dense3 in exact_layers(model)
-    assert model.dense4 not in exact_layers(model)
+    assert by_precision(model, "half") == ["conv2", "dense3", "dense5"]
+    assert by_precision(model, "float32") == ["conv1", "dense4"]
 
 
 # -------------------------------------------------------------------------------------- the layers
@@ -88,19 +95,21 @@ def signs(*shape, seed=0):
     return torch.randint(2, shape, generator=seeded(seed)).float() * 2 - 1
 
 
-def in_both(layer, x):
-    """The output of `layer` with its sums in fp16, and its exact output rounded once."""
+def in_both(layer, x, precision="half"):
+    """The output of `layer` at a precision, and its exact output rounded once."""
     with torch.no_grad():
         layer.bias.uniform_(-3, 3, generator=seeded(9))
+        layer.precision = "float32"
         exact = copy.deepcopy(layer).double()(x.double()).float()
-        layer.half = True
+        layer.precision = precision
         return layer(x), exact
 
 
 def test_every_exact_layer_of_the_published_networks_is_exact():
     for network in ("cifar10", "svhn"):
         model = binarynet(network, generator=seeded())
-        for layer in exact_layers(model):
+        for name in by_precision(model, "half"):
+            layer = model.get_submodule(name)
             size = (4, 4) if isinstance(layer, BinaryConv2d) else ()
             x = signs(2, layer.weight.shape[1], *size)
             found, exact = in_both(layer, x)
@@ -125,18 +134,18 @@ def test_beyond_the_bound_a_sum_does_round():
     layer.weight.data[0, 0] = -1.0
     found, exact = in_both(layer, torch.ones(1, 4608))
     assert found.item() != exact.item()
-    assert layer not in exact_layers(torch.nn.Sequential(layer))
+    assert torch.equal(*in_both(layer, torch.ones(1, 4608), "mixed"))
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_gradients_are_those_of_float32_to_the_precision_of_bf16(kind):
+@pytest.mark.parametrize("precision", ["half", "mixed"])
+def test_gradients_are_those_of_float32_to_the_precision_of_bf16(kind, precision):
     if kind == "conv":
         layer, x = BinaryConv2d(16, 24, generator=seeded()), signs(10, 16, 6, 6)
     else:
         layer, x = BinaryLinear(64, 24, generator=seeded()), signs(10, 64)
     grads = []
-    for half in (False, True):
-        layer.half = half
+    for layer.precision in ("float32", precision):
         y = layer(x.requires_grad_())
         grad = torch.randn(y.shape, generator=seeded(4))
         grads.append(torch.autograd.grad(y, (x, layer.weight, layer.bias), grad))
@@ -170,8 +179,8 @@ def test_a_network_memorizes_in_half_precision_too(noise):
     optimizer = BinaryAdam(parameter_groups(model))
     fit(model, optimizer, data, rates=rates, generator=seeded(), progress="none")
     in_half = evaluate(model, data)
-    for layer in exact_layers(model):
-        layer.half = False
+    for name in by_precision(model, "half"):
+        model.get_submodule(name).precision = "float32"
     assert in_half.error <= 0.05
     assert torch.equal(evaluate(model, data).mistakes, in_half.mistakes)
 
