@@ -17,7 +17,7 @@ from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shu
 from bnnlib.data import DRAWN, SIZES, ImageSet, load
 from bnnlib.errors import InvalidValue, TooLarge
 from bnnlib.files import in_words
-from bnnlib.layers import BinaryLayer, binary_layers, seed_layers
+from bnnlib.layers import BinaryLayer, BinarySigmoid, BinaryTanh, binary_layers, seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
 from bnnlib.precision import use_half
 from bnnlib.tensors import Form, forms
@@ -129,16 +129,17 @@ def model_forms(experiment: Experiment) -> dict[str, Form]:
     return forms(_outline(experiment).state_dict())
 
 
-def memory_needed(experiment: Experiment) -> int:
+def memory_needed(experiment: Experiment, half: bool = False) -> int:
     """Bytes without which an experiment cannot train: a lower bound, from its second step on.
 
-    Counts the images, the parameters with their gradients and Adam moments, and what one batch
-    keeps for the backward pass. The images of a `.npz` file are not known yet and count nothing.
+    Counts what is there when a backward pass begins: the images, the parameters with their Adam
+    moments, and what the batch has left for it. The images of a `.npz` file are not known yet
+    and count nothing. `half`: signs are kept in half precision.
     """
-    return sum(_memory_parts(experiment).values())
+    return sum(_memory_parts(experiment, half).values())
 
 
-def _memory_parts(e: Experiment) -> dict[str, int]:
+def _memory_parts(e: Experiment, half: bool) -> dict[str, int]:
     """Bytes, by the field that would make them fewer."""
     if e.evaluates:
         return {}  # it trains nothing, and the network is that of another run
@@ -147,8 +148,9 @@ def _memory_parts(e: Experiment) -> dict[str, int]:
     parts = {f"n_{split}": _image_bytes(e, split) for split in EVERY_SPLIT}
     if e.epochs == 0:
         return parts | {"width": parameters}
-    outputs = e.batch_size * _bytes_kept_by_image(model, ARCHITECTURES[e.network].image_size)
-    return parts | {"width": 4 * parameters + _sign_bytes(e, model), "batch_size": outputs}
+    side, sign = ARCHITECTURES[e.network].image_size, 2 if half else 4
+    outputs = e.batch_size * _bytes_kept_by_image(model, side, sign)
+    return parts | {"width": 3 * parameters + _sign_bytes(e, model, sign), "batch_size": outputs}
 
 
 def _image_bytes(e: Experiment, split: str) -> int:
@@ -159,13 +161,13 @@ def _image_bytes(e: Experiment, split: str) -> int:
     return e.images(split) * (3 * side * side * pixel + label)
 
 
-def _sign_bytes(e: Experiment, model: nn.Module) -> int:
+def _sign_bytes(e: Experiment, model: nn.Module, sign: int) -> int:
     """The binarized weights that the backward pass needs; a first dense layer needs none."""
     layers = binary_layers(model)[1:] if e.weights != "real" else []
-    return 4 * sum(layer.weight.numel() for layer in layers)
+    return sign * sum(layer.weight.numel() for layer in layers)
 
 
-def _bytes_kept_by_image(model: nn.Module, side: int) -> int:
+def _bytes_kept_by_image(model: nn.Module, side: int, sign: int) -> int:
     """One image of a batch and what the layers make of it, kept for the backward pass."""
     channels, kept = 3, 4 * 3 * side * side
     for layer in model:
@@ -177,15 +179,18 @@ def _bytes_kept_by_image(model: nn.Module, side: int) -> int:
             kept += 8 * channels * side * side  # where each maximum was, int64
         elif isinstance(layer, nn.Conv2d | nn.Linear | BinaryLayer):
             channels = len(layer.weight)
-        kept += 4 * channels * side * side
+        is_sign = isinstance(layer, BinaryTanh | BinarySigmoid)
+        kept += (sign if is_sign else 4) * channels * side * side
     return kept
 
 
-def check_memory(experiment: Experiment, device: torch.device | str = "cpu") -> None:
+def check_memory(
+    experiment: Experiment, device: torch.device | str = "cpu", half: bool = False
+) -> None:
     """Raise TooLarge where the device has less free memory than the experiment needs."""
-    needed, free = memory_needed(experiment), _free_memory(torch.device(device))
+    needed, free = memory_needed(experiment, half), _free_memory(torch.device(device))
     if needed > free:
-        parts = _memory_parts(experiment)
+        parts = _memory_parts(experiment, half)
         most = max(parts, key=parts.get)
         raise TooLarge(
             f"{experiment.name} needs at least {in_words(needed)} of memory, most of it for "

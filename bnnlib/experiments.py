@@ -142,7 +142,7 @@ def run(
             return _finished(folder, style)
     if experiment.evaluates:
         return _run_evaluation(experiment, folder, root)
-    check_memory(experiment, where)
+    check_memory(experiment, where, half)
     sets = prepare_data(experiment, root, download)
     check_fills_batch(len(sets["train"]), experiment.batch_size)
     check_size(experiment.network, sets["train"])

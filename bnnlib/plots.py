@@ -1,6 +1,6 @@
 """Figures of the book. In: data and an `ax`. Out: the same `ax`, drawn on.
 
-`use_book_style` is called once a chapter. Next file: `chapters.py`.
+`use_book_style` is called once a chapter. Next file: `timings.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

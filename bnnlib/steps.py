@@ -83,6 +83,7 @@ class Step:
             self.graph.replay()
 
     def _step(self) -> None:
+        self.optimizer.zero_grad()  # so that the last gradients leave room for the activations
         x, labels = self.batches.take(self.order.index_select(0, self.next)[0])
         logits = self.model(x)
         loss = squared_hinge_loss(logits, labels)
@@ -90,7 +91,6 @@ class Step:
             loss = loss + self.penalty()
         if self.before_update:
             self.before_update(x, loss)
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()  # moves the latent weights and clips them to [-1, 1]
         self.losses.index_copy_(0, self.next, loss.detach().float().view(1))

@@ -152,8 +152,9 @@ def _last_cell(started: list[NotebookNode]) -> str:
 
 def _input_files(root: Path) -> list[Path]:
     found = [root / "requirements.txt"]
-    for folder in (root / "bnnlib", root / "results"):
-        found += [p for p in folder.rglob("*") if not _is_cache(p, root)]
+    for folder in ("bnnlib", "results", "benchmarks/results"):
+        paths = (root / folder).rglob("*")
+        found += [p for p in paths if not _is_cache(p, root)]
     return sorted(path for path in found if path.is_file())
 
 

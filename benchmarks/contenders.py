@@ -1,0 +1,157 @@
+"""What a contender is, and the first of them: bnnlib and its float twin, plain and tuned.
+
+In: a `Setting`. Out: a `Contender`: the network of `bnnlib.models`, trained on uint8 images in
+memory with the squared hinge loss. Others are in `naive.py` and, with libraries of their own, in
+`peers.py`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from benchmarks.settings import KERNEL, LEARNING_RATE, Setting, made_up, shapes
+from bnnlib.assembly import build_model
+from bnnlib.batches import Batches, scale_pixels
+from bnnlib.catalogue import published
+from bnnlib.losses import squared_hinge_loss
+from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.precision import uses_half
+from bnnlib.train import Position, evaluate, training_step
+
+
+class Contender:
+    """A model, its optimizer, and images on the device; a subclass builds the first two."""
+
+    summary: str
+    requires: tuple[str, ...] = ()  # optional libraries
+    devices = ("cpu", "cuda")
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        images = max(setting.images, setting.epoch_images)
+        self.train = made_up(images, "train", setting.device)
+        self.test = made_up(max(setting.test_images, 1), "test", setting.device)
+        self.epoch_set = self.train.first(setting.epoch_images)
+        self.generator = torch.Generator().manual_seed(0)
+        self.build()
+
+    def build(self) -> None:
+        """Make the model and the optimizer."""
+        raise NotImplementedError
+
+    def epoch(self) -> None:
+        """Train `setting.steps` steps."""
+        raise NotImplementedError
+
+    def evaluate(self, images: int) -> float:
+        """The error on the first test images."""
+        batches = Batches(self.test.first(images), self.setting.batch_size, self.setting.device)
+        return evaluate(self.model, batches).error
+
+
+class Bnnlib(Contender):
+    """bnnlib, by the functions that `bnnlib.experiments.run` calls."""
+
+    summary = "this library, as `python -m bnnlib run` uses it"
+
+    def build(self) -> None:
+        base = published(f"{self.setting.network}-random-labels")
+        e = replace(base, width=self.setting.width, batch_size=self.setting.batch_size)
+        device = torch.device(self.setting.device)
+        self.model = build_model(e, device, uses_half("auto", device))
+        self.optimizer = BinaryAdam(parameter_groups(self.model), lr=LEARNING_RATE)
+        batches = Batches(self.epoch_set, e.batch_size, device)
+        self.position = Position()
+        self.step = training_step(self.model, self.optimizer, batches, self.position)
+
+    def epoch(self) -> None:
+        # Without the look at all numbers after an epoch, which has hundreds of steps elsewhere.
+        self.position.begin_epoch(self.step, self.generator)
+        for _ in range(self.step.count):
+            self.step()
+            self.position.done += 1
+        self.position.end_epoch({})
+
+
+def assemble(
+    setting: Setting,
+    conv: Callable[[int, int], nn.Module],
+    dense: Callable[[int, int], nn.Module],
+    act: Callable[[], nn.Module],
+) -> nn.Sequential:
+    """The network of `bnnlib.models.binarynet`, layer by layer under the same names."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, shape in enumerate(shapes(setting.network, setting.width), start=1):
+        if not shape.size and "flatten" not in layers:
+            layers["flatten"] = nn.Flatten()
+        layers[shape.name] = (conv if shape.size else dense)(shape.inputs, shape.outputs)
+        if shape.pooled:
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+        norm = nn.BatchNorm2d if shape.size else nn.BatchNorm1d
+        layers[f"norm{i}"] = norm(shape.outputs, eps=1e-4)
+        layers[f"act{i}"] = act()
+    layers.popitem()  # the scores are the last batch normalization
+    return nn.Sequential(layers)
+
+
+class PlainLoop(Contender):
+    """A contender trained by the loop that most PyTorch programs have."""
+
+    layout = torch.contiguous_format
+
+    def epoch(self) -> None:
+        self.model.train()
+        images, labels = self.epoch_set.images, self.epoch_set.labels
+        order = torch.randperm(len(labels), generator=self.generator).to(labels.device)
+        loss_sum, wrong = 0.0, 0
+        for index in order.split(self.setting.batch_size):
+            x = scale_pixels(images[index]).contiguous(memory_format=self.layout)
+            logits = self.model(x)
+            loss = squared_hinge_loss(logits, labels[index])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss_sum += loss.item()
+            wrong += (logits.argmax(dim=1) != labels[index]).sum().item()
+
+
+class FloatTwin(PlainLoop):
+    """The full-precision twin, as a PyTorch program has it that leaves the defaults alone."""
+
+    summary = "the same layers with real weights and Hardtanh; PyTorch's defaults"
+
+    def build(self) -> None:
+        self.model = assemble(self.setting, conv2d, nn.Linear, nn.Hardtanh)
+        draw(self.model, nn.init.xavier_uniform_)
+        self.model.to(self.setting.device, memory_format=self.layout)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
+
+
+class TunedFloatTwin(FloatTwin):
+    """The twin with what PyTorch's guides advise for speed."""
+
+    summary = "the float twin in the layout channels_last, with the fused Adam"
+    layout = torch.channels_last
+
+    def build(self) -> None:
+        super().build()
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+
+
+def conv2d(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the image size."""
+    return nn.Conv2d(inputs, outputs, KERNEL, padding=KERNEL // 2)
+
+
+def draw(model: nn.Module, init: Callable[..., object]) -> None:
+    """Draw the weights from a generator of their own; biases and normalizations stay."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.dim() > 1:
+            init(p, generator=generator)

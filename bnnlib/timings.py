@@ -1,0 +1,135 @@
+"""How fast training is: the last kept run of `python -m benchmarks.training`, and its figures.
+
+In: `benchmarks/results/training.json`. Out: rows for tables, axes drawn on. Next file:
+`chapters.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bnnlib.errors import DamagedFile
+from bnnlib.files import read_json
+from bnnlib.folders import RESULTS
+from bnnlib.plots import COLOURS, GREY, use_book_style
+
+STORED = RESULTS.parent / "benchmarks" / "results" / "training.json"
+LISTS = ("speeds", "limits", "memory", "growth")
+QUARTILES = ("low", "median", "high")
+Row = dict[str, Any]
+
+
+def load_timings(path: str | Path = STORED) -> Row:
+    """What the benchmark wrote: its machine, versions and date, and lists of rows.
+
+    "speeds" has a row for each network and contender, "limits" the machine's own limit for each
+    network, "memory" a row for each contender, "growth" one for each point and contender.
+    Raises DamagedFile for anything else.
+    """
+    results = read_json(path)
+    for name in LISTS:
+        rows = results.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise DamagedFile(f"{path} is no result of the benchmark: it has no list {name!r}")
+    return results
+
+
+def speed_table(results: Mapping[str, Any]) -> list[Row]:
+    """One row for each network, width and contender: medians, some with quartiles, as text."""
+    return [
+        {
+            "network": row["network"],
+            "width": row["width"],
+            "contender": row["contender"],
+            "ms a step": _spread(row["milliseconds"], 1),
+            "images/s": f"{row['images_per_second']['median']:,.0f}",
+            "to the twin": _spread(row["speed_to_twin"], 2),
+            "to the tuned twin": _spread(row["speed_to_tuned_twin"], 2),
+            "of the limit": f"{row['share_of_limit']['median']:.0%}",
+        }
+        for row in results["speeds"]
+    ]
+
+
+def _spread(quartiles: Mapping[str, float], digits: int) -> str:
+    low, middle, high = (f"{quartiles[name]:,.{digits}f}" for name in QUARTILES)
+    return f"{middle}\N{NO-BREAK SPACE}({low}–{high})"
+
+
+def networks(results: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The networks that were compared, by name and width."""
+    return [(row["network"], row["width"]) for row in results["limits"]]
+
+
+# ---------------------------------------------------------------------------------- figures
+
+
+def plot_speeds(results: Mapping[str, Any], network: str, width: float, ax: Axes) -> Axes:
+    """Images a second of each contender, with quartiles, and the machine's limit, dotted."""
+    key = (network, width)
+    rows = [r for r in results["speeds"] if (r["network"], r["width"]) == key]
+    low, middle, high = ([r["images_per_second"][name] for r in rows] for name in QUARTILES)
+    _bars(ax, rows, middle)
+    ax.hlines(range(len(rows)), low, high, colors=_colours(rows))
+    limit = next(r["seconds"] for r in results["limits"] if (r["network"], r["width"]) == key)
+    ax.axvline(results["batch_size"] / median(limit), color=GREY, linestyle=":")
+    ax.set(xlabel=f"{network} × {width:g}", xlim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    return ax
+
+
+def plot_memory(results: Mapping[str, Any], ax: Axes) -> Axes:
+    """Peak memory of each contender; the part in a stronger colour is its imports'."""
+    rows = results["memory"]
+    for what in ("peak_bytes", "imports_bytes"):
+        _bars(ax, rows, [row[what] / 1e6 for row in rows])
+    ax.set(xlabel="peak memory (MB)", xlim=(0, None))
+    return ax
+
+
+def _bars(ax: Axes, rows: Sequence[Row], lengths: Sequence[float]) -> None:
+    """A translucent bar for each row's contender, the first on top."""
+    ax.barh(range(len(rows)), lengths, color=_colours(rows), alpha=0.6, height=0.7)
+    ax.set_yticks(range(len(rows)), [row["contender"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _colours(rows: Sequence[Row]) -> list[str]:
+    """bnnlib has a colour of its own."""
+    return [COLOURS["train" if row["contender"] == "bnnlib" else "test"] for row in rows]
+
+
+def plot_growth(
+    results: Mapping[str, Any], by: str, ax: Axes, what: str = "milliseconds", scale: float = 1.0
+) -> Axes:
+    """A line of `what`, times `scale`, against `by`, for each contender; times are medians."""
+    rows = [row for row in results["growth"] if row["by"] == by]
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        own = [row for row in rows if row["contender"] == name]
+        x = [row["value"] for row in own]
+        y = [row[what]["median"] if isinstance(row[what], dict) else row[what] for row in own]
+        style = "-" if name == "bnnlib" else "--"
+        line = {"marker": "o", "color": _colours(own)[0], "label": name}
+        ax.plot(x, [scale * value for value in y], style, **line)
+    ax.set_xlabel(by.replace("_", " "))
+    ax.set(xlim=(0, 1.08 * ax.dataLim.xmax), ylim=(0, 1.1 * ax.dataLim.ymax))
+    return ax
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+    """`plot_speeds` of every network that was compared, side by side."""
+    use_book_style()
+    compared = networks(results)
+    figure, axes = plt.subplots(
+        1, len(compared), figsize=(2 + 1.7 * len(compared), 2.6), sharey=True, squeeze=False
+    )
+    for (network, width), ax in zip(compared, axes.flat, strict=True):
+        plot_speeds(results, network, width, ax)
+    figure.supxlabel("images a second; dotted: the machine's limit", color=GREY, fontsize=10)
+    return figure

@@ -1,0 +1,334 @@
+"""The benchmark's contenders compute the same, and its harness reckons and reports rightly."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod, sqrt
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import rounds, training
+from benchmarks.contenders import Bnnlib, FloatTwin, TunedFloatTwin
+from benchmarks.limits import Limits, convolution_gradient
+from benchmarks.naive import CopyingAdam, NaiveBnn
+from benchmarks.peers import Brevitas, Larq
+from benchmarks.settings import Setting, made_up, shapes, training_flops
+from benchmarks.workers import LIMIT, Crew, Subject, WorkerDied, peak_memory, prepare, working
+from bnnlib.errors import InvalidValue
+from bnnlib.models import binarynet, count_parameters
+from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.timings import load_timings
+
+OURS = {
+    "bnnlib": Bnnlib,
+    "float twin": FloatTwin,
+    "float twin, tuned": TunedFloatTwin,
+    "naive BNN": NaiveBnn,
+}
+TINY = Setting("svhn", width=1 / 16, batch_size=4, steps=2, threads=1)
+
+# -------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    ("network", "width", "forward", "step"),
+    [("cifar10", 1, 1.234, 3.695), ("svhn", 1, 0.316, 0.945), ("cifar10", 1 / 4, None, 0.234)],
+)
+def test_operations_of_an_image_in_billions(network, width, forward, step):
+    if forward:
+        total = sum(shape.flops for shape in shapes(network, width))
+        assert total / 1e9 == pytest.approx(forward, abs=5e-4)
+    assert training_flops(network, width) / 1e9 == pytest.approx(step, abs=5e-4)
+
+
+def test_shapes_are_those_of_the_library():
+    model = binarynet("cifar10", generator=torch.Generator(), width=1 / 8)
+    weights = sum(s.inputs * s.outputs * (9 if s.size else 1) for s in shapes("cifar10", 1 / 8))
+    assert weights == count_parameters(model).binary
+
+
+def test_the_limit_has_every_product_of_a_step_once():
+    limits = Limits(TINY)
+    products = limits.measure()["products"]
+    names = [(p["layer"], p["kind"]) for p in products]
+    assert len(set(names)) == len(names) == 3 * len(shapes(TINY.network, TINY.width)) - 1
+    assert ("conv1", "data gradient") not in names
+    of_batch = TINY.batch_size * training_flops(TINY.network, TINY.width)
+    assert sum(p["flops"] for p in products) == of_batch
+    assert all(set(p["seconds"]) in ({"NCHW", "NHWC"}, {"out x in", "in x out"}) for p in products)
+
+
+def test_every_way_of_a_product_computes_the_same():
+    for product in Limits(TINY).products:
+        one, other = (way() for way in product.ways.values())
+        if product.layer.startswith("dense") and product.kind == "weight gradient":
+            other = other.t()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["data", "weight"])
+def test_gradients_of_a_convolution_are_autograds(of):
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    w = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = F.conv2d(x, w, padding=1)
+    g = torch.ones_like(y)
+    (expected,) = torch.autograd.grad(y, x if of == "data" else w, g)
+    torch.testing.assert_close(convolution_gradient(g, x.detach(), w.detach(), of), expected)
+
+
+# -------------------------------------------------------------------------------- contenders
+
+
+@pytest.mark.parametrize("kind", OURS.values())
+def test_a_contender_trains_the_same_layers(kind):
+    contender = kind(TINY)
+    own = {name: p.shape for name, p in contender.model.named_parameters()}
+    model = binarynet(TINY.network, generator=torch.Generator(), width=TINY.width)
+    assert own == {name: p.shape for name, p in model.named_parameters()}
+    before = [p.detach().clone() for p in contender.model.parameters()]
+    contender.epoch()
+    for p, b in zip(contender.model.parameters(), before, strict=True):
+        assert p.isfinite().all()
+        assert p.dim() == 1 or not torch.equal(p, b)
+    assert 0 <= contender.evaluate(1) <= 1
+
+
+def test_tuned_and_plain_float_twin_compute_the_same(generator):
+    plain, tuned = FloatTwin(TINY), TunedFloatTwin(TINY)
+    x = torch.rand(4, 3, 32, 32, generator=generator)
+    like_tuned = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(plain.model(x), tuned.model(like_tuned), rtol=1e-3, atol=1e-3)
+    assert tuned.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert tuned.optimizer.defaults["fused"]
+    assert not plain.optimizer.defaults["fused"]
+
+
+@pytest.fixture
+def twins(generator):
+    """bnnlib's model and the naive port's, in float64, with equal parameters.
+
+    The layers' biases are 0: the sums of +-1 are then exact, and so are the ties in the pools,
+    which another order of adding would break in another way.
+    """
+    ours, naive = Bnnlib(TINY).model.double(), NaiveBnn(TINY).model.double()
+    with torch.no_grad():
+        for name, p in naive.named_parameters():
+            if name.startswith("norm"):
+                p.uniform_(-1, 1, generator=generator)
+            elif p.dim() == 1:
+                p.zero_()
+            ours.get_parameter(name).copy_(p)
+    return ours, naive
+
+
+def test_the_naive_ports_forward_and_backward_are_ours(twins, generator):
+    x = torch.rand(4, 3, 32, 32, generator=generator, dtype=torch.float64) * 2 - 1
+    scores = [model.train()(x) for model in twins]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-9)
+    g = torch.randn(4, 10, generator=generator, dtype=torch.float64)
+    for y in scores:
+        y.backward(g)
+    for p, q in zip(*(model.parameters() for model in twins), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9)
+
+
+def test_the_naive_ports_step_is_ours(twins, generator):
+    ours, naive = twins
+    for p, q in zip(ours.parameters(), naive.parameters(), strict=True):
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        q.grad = p.grad.clone()
+    # PyTorch divides eps by the bias correction as well, sqrt(1 - 0.999) in the first step.
+    BinaryAdam(parameter_groups(ours), lr=0.03, eps=1e-8 * sqrt(1 - 0.999)).step()
+    CopyingAdam(naive, lr=0.03).step()
+    for p, q in zip(ours.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    assert (naive.conv2.weight == 1).any()  # the clip took part
+
+
+@pytest.mark.parametrize("kind", [Brevitas, Larq])
+def test_a_peer_trains_as_many_numbers(kind):
+    for library in kind.requires:
+        pytest.importorskip(library)
+    peer = kind(TINY)
+    peer.epoch()
+    assert 0 <= peer.evaluate(1) <= 1
+    own = getattr(peer.model, "trainable_variables", None) or peer.model.parameters()
+    assert sum(prod(p.shape) for p in own) == count_parameters(Bnnlib(TINY).model).trained
+
+
+def test_made_up_images_follow_no_global_seed():
+    data = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            data.append(made_up(3, "train"))
+    assert data[0].image_hash() == data[1].image_hash()
+    assert data[0].label_hash() == data[1].label_hash()
+    assert data[0].images.dtype == torch.uint8
+
+
+# ----------------------------------------------------------------------------------- harness
+
+
+def test_ratios_are_taken_within_rounds():
+    slow_round = [1.0, 1.0, 10.0]
+    twice = rounds.paired(slow_round, [0.5, 0.5, 5.0])
+    assert twice == {"low": 2, "median": 2, "high": 2}
+    assert rounds.paired([2, 4, 6], [1, 2, 2]) == {"low": 2, "median": 2, "high": 2.5}
+
+
+def test_a_contenders_row_on_known_numbers():
+    steps = {"float twin": [0.2, 0.4], "float twin, tuned": [0.1, 0.2], "ours": [0.1, 0.1]}
+    row = rounds.speed("ours", steps, limit=[0.05, 0.05], batch_size=50)
+    assert row["milliseconds"]["median"] == pytest.approx(100)
+    assert row["images_per_second"]["median"] == pytest.approx(500)
+    assert row["speed_to_twin"]["median"] == pytest.approx(3)
+    assert row["speed_to_tuned_twin"]["median"] == pytest.approx(1.5)
+    assert row["share_of_limit"]["median"] == pytest.approx(0.5)
+
+
+def test_a_product_counts_in_the_layout_that_is_faster_in_the_median():
+    about = {"layer": "conv1", "kind": "forward", "flops": 8}
+    taken = [{**about, "seconds": {"NCHW": a, "NHWC": 2.0}} for a in (1.0, 9.0, 1.5)]
+    best = rounds.best_layout(taken)
+    assert best == {**about, "layout": "NCHW", "seconds": 1.5, "rounds": [1.0, 9.0, 1.5]}
+
+
+class Recorder:
+    """Stands for a worker; writes down who was asked."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def ask(self, what):
+        self.log.append(self.name)
+        return what
+
+
+def test_every_round_begins_with_another_and_the_first_is_not_kept(monkeypatch):
+    monkeypatch.setattr(rounds, "PAUSE", 0)
+    log = []
+    crew = Crew({name: Recorder(name, log) for name in ("a", "b", LIMIT)})
+    answers = rounds.turns(crew, rounds=2)
+    assert log == ["a", "b", LIMIT, "b", LIMIT, "a", LIMIT, "a", "b"]
+    assert answers == {"a": ["epoch"] * 2, "b": ["epoch"] * 2, LIMIT: ["measure"] * 2}
+
+
+class Here:
+    """A worker in this process."""
+
+    def __init__(self, name, setting):
+        self.subject = Subject(name, setting)
+
+    def ask(self, what):
+        return getattr(self.subject, what)()
+
+
+@contextmanager
+def working_here(names, setting):
+    about = {name: prepare(name, setting) for name in names}
+    yield Crew({name: Here(name, setting) for name in about}, about)
+
+
+def test_a_whole_benchmark_is_written_and_read(monkeypatch, tmp_path, capsys):
+    small = replace(TINY, test_images=10)
+    plan = training.Plan(
+        compared=(small,),
+        rounds=2,
+        memory=small,
+        growth={"images": (small,), "width": (small,)},
+        growth_rounds=2,
+        epochs=(1, 2),
+    )
+    monkeypatch.setattr(rounds, "PAUSE", 0)
+    monkeypatch.setattr(rounds, "CONTENDERS", OURS)
+    monkeypatch.setattr(training, "CONTENDERS", OURS)
+    monkeypatch.setattr(rounds, "working", working_here)
+    monkeypatch.setattr("benchmarks.workers.TEST_IMAGES", 10)
+    training.save(training.run(plan), tmp_path / "b" / "out.json")
+    results = load_timings(tmp_path / "b" / "out.json")
+    assert [row["contender"] for row in results["speeds"]] == list(OURS)
+    assert [row["contender"] for row in results["memory"]] == list(OURS)
+    for row in results["memory"]:
+        assert row["peak_bytes"] >= row["trained_peak_bytes"] > row["imports_bytes"] > 0
+    assert {(row["by"], row["contender"]) for row in results["growth"]} == {
+        (by, name) for by in ("images", "width", "epochs") for name in ("bnnlib", "float twin")
+    }
+    assert results["machine"]["threads"] == 1
+    assert (tmp_path / "b" / "out.png").stat().st_size > 1000
+    assert "naive BNN" in capsys.readouterr().out
+
+
+def test_the_peak_of_memory_follows_what_is_held():
+    before = peak_memory()
+    held = torch.ones(50_000_000, dtype=torch.uint8)
+    assert peak_memory() >= before
+    assert peak_memory() > held.numel()
+
+
+@pytest.mark.parametrize("make", [training.quick_plan, training.full_plan])
+def test_in_a_plan_one_thing_grows_at_a_time(make):
+    plan = make(Setting(threads=1))
+    for by, settings in plan.growth.items():
+        values = [getattr(setting, by) for setting in settings]
+        assert values == sorted(set(values))
+        assert len({replace(s, **{"steps": 1, "images": 0, by: 1}) for s in settings}) == 1
+    assert all(s.images == s.epoch_images for s in plan.growth["images"])
+
+
+def test_the_full_plan_has_the_networks_of_the_original():
+    plan = training.full_plan(Setting())
+    compared = {(s.network, s.width) for s in plan.compared}
+    assert compared == {("cifar10", 1), ("cifar10", 1 / 4), ("cifar10", 1 / 8), ("svhn", 1)}
+    assert (plan.memory.images, plan.memory.test_images) == (50_000, 10_000)
+
+
+def test_a_processor_has_a_name(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Abacus 3000\n")
+    assert training.processor(tmp_path / "cpuinfo") == "Abacus 3000"
+    assert training.processor(tmp_path / "none")
+
+
+# ----------------------------------------------------------------------------------- workers
+
+
+def test_a_missing_library_is_skipped_and_a_dead_worker_is_named(monkeypatch, tmp_path):
+    (tmp_path / "brevitas.py").write_text("raise ImportError('brevitas is not for this machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with working(["float twin", "Brevitas"], TINY) as crew:
+        assert list(crew.workers) == ["float twin"]
+        assert crew.about["Brevitas"] == {"missing": "brevitas is not for this machine"}
+        worker = crew.workers["float twin"]
+        assert worker.ask("epoch") > 0
+        worker.process.kill()
+        with pytest.raises(WorkerDied, match="float twin: its process ended"):
+            worker.ask("epoch")
+    assert worker.process.poll() is not None
+
+
+def test_a_worker_that_cannot_be_built_says_why():
+    wrong = replace(TINY, network="svnh")
+    with (
+        pytest.raises(WorkerDied, match=r"bnnlib: .*'svnh-random-labels'"),
+        working(["bnnlib"], wrong),
+    ):
+        pass
+
+
+def test_an_unknown_contender_is_refused():
+    with pytest.raises(InvalidValue, match="did you mean 'Brevitas'"), working(["Brevita"], TINY):
+        pass
+
+
+def test_larq_is_compared_on_a_processor_only():
+    said = prepare("Larq", replace(TINY, device="cuda"))
+    assert said == {"missing": "it is compared on cpu only"}
+
+
+def test_each_optional_library_is_pinned():
+    pinned = Path(training.__file__).parents[1] / "requirements-bench.txt"
+    names = {line.partition("==")[0] for line in pinned.read_text().splitlines()}
+    for kind in training.CONTENDERS.values():
+        assert set(kind.requires) <= names

@@ -1,0 +1,110 @@
+"""What the benchmark left is read as it was written, and drawn."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from bnnlib.errors import BnnlibError
+from bnnlib.timings import (
+    draw,
+    load_timings,
+    networks,
+    plot_growth,
+    plot_memory,
+    plot_speeds,
+    speed_table,
+)
+
+
+def quartiles(middle):
+    return {"low": middle / 2, "median": middle, "high": 2 * middle}
+
+
+def speed(contender, images):
+    row = {"network": "svhn", "width": 0.25, "contender": contender}
+    names = ("milliseconds", "speed_to_twin", "speed_to_tuned_twin", "share_of_limit")
+    return row | {name: quartiles(1.5) for name in names} | {"images_per_second": quartiles(images)}
+
+
+@pytest.fixture
+def results():
+    growth = [("bnnlib", 1, 2.0), ("bnnlib", 2, 4.0), ("float twin", 1, 3.0)]
+    return {
+        "batch_size": 50,
+        "speeds": [speed("bnnlib", 2000), speed("float twin", 1000)],
+        "limits": [{"network": "svhn", "width": 0.25, "seconds": [0.01, 0.02, 0.5]}],
+        "memory": [{"contender": "bnnlib", "peak_bytes": 3e6, "imports_bytes": 1e6}],
+        "growth": [
+            {
+                "by": "batch_size",
+                "value": x,
+                "contender": name,
+                "milliseconds": quartiles(y),
+                "peak_bytes": 1e6 * y,
+            }
+            for name, x, y in growth
+        ],
+    }
+
+
+@pytest.fixture
+def ax():
+    _, ax = plt.subplots()
+    yield ax
+    plt.close("all")
+
+
+def test_the_table_has_a_row_for_each_contender(results):
+    first, second = speed_table(results)
+    assert (first["contender"], second["contender"]) == ("bnnlib", "float twin")
+    assert first["images/s"] == "2,000"
+    assert first["ms a step"] == "1.5\N{NO-BREAK SPACE}(0.8–3.0)"
+    assert first["of the limit"] == "150%"
+    assert networks(results) == [("svhn", 0.25)]
+
+
+def test_speeds_are_drawn_from_the_top_beside_the_limit(results, ax):
+    plot_speeds(results, "svhn", 0.25, ax)
+    assert [bar.get_width() for bar in ax.patches] == [2000, 1000]
+    assert ax.yaxis_inverted()
+    (limit,) = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert limit.get_xdata()[0] == pytest.approx(50 / 0.02)  # the median round's
+
+
+def test_memory_is_drawn_with_the_imports_part_of_it(results, ax):
+    plot_memory(results, ax)
+    assert [bar.get_width() for bar in ax.patches] == [3, 1]
+
+
+def test_growth_is_a_line_for_each_contender(results, ax):
+    plot_growth(results, "batch_size", ax)
+    assert [list(line.get_ydata()) for line in ax.lines] == [[2, 4], [3]]
+    plot_growth(results, "batch_size", ax, "peak_bytes", 1e-6)
+    assert [list(line.get_ydata()) for line in ax.lines[2:]] == [[2, 4], [3]]
+    assert ax.get_xlabel() == "batch size"
+
+
+def test_the_chart_has_a_panel_for_each_network(results):
+    figure = draw(results)
+    assert [ax.get_xlabel() for ax in figure.axes] == ["svhn × 0.25"]
+    plt.close("all")
+
+
+def test_the_kept_results_are_whole():
+    results = load_timings()
+    for network in networks(results):
+        rows = [r for r in results["speeds"] if (r["network"], r["width"]) == network]
+        assert {"bnnlib", "float twin", "float twin, tuned"} <= {r["contender"] for r in rows}
+        assert all(r["milliseconds"]["low"] > 0 for r in rows)
+    assert set(results["contenders"]) == {r["contender"] for r in rows} | set(results["skipped"])
+    assert {row["by"] for row in results["growth"]} == {"batch_size", "width", "images", "epochs"}
+
+
+@pytest.mark.parametrize("name", ["speeds", "limits", "memory", "growth"])
+@pytest.mark.parametrize("wrong", [None, "many", [3]])
+def test_anything_else_is_refused_by_name(results, tmp_path, name, wrong):
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps(results | {name: wrong}))
+    with pytest.raises(BnnlibError, match=f"training.json is no result .* {name!r}"):
+        load_timings(path)
