@@ -102,18 +102,26 @@ def best_layout(rounds: Sequence[Row]) -> Row:
     return about | {"layout": layout, "seconds": middle[layout], "rounds": taken[layout]}
 
 
-def memory(setting: Setting) -> list[Row]:
-    """Peak memory of each contender that holds both sets, when it has trained, and tested too."""
+def memory(setting: Setting, rounds: int) -> list[Row]:
+    """Peak memory of each contender that holds both sets, when it has trained, and tested too.
+
+    In new processes each round: where the C library puts things differs from one to the next.
+    """
     fields = ("network", "width", "batch_size", "images", "test_images")
-    shared, rows = {name: getattr(setting, name) for name in fields}, []
-    with working(CONTENDERS, setting) as crew:
-        for name, worker in crew.workers.items():
-            row = {"contender": name, "imports_bytes": crew.about[name]["imports_bytes"]}
-            for act, peak in (("epoch", "trained_peak_bytes"), ("evaluate", "peak_bytes")):
-                worker.ask(act)
-                row[peak] = worker.ask("memory")
-            rows.append({**row, **shared, "tested": TEST_IMAGES})
-    return rows
+    shared = {name: getattr(setting, name) for name in fields} | {"tested": TEST_IMAGES}
+    seen: dict[str, list[Row]] = {}
+    for _ in range(rounds):
+        with working(CONTENDERS, setting) as crew:
+            for name, worker in crew.workers.items():
+                row = {"imports_bytes": crew.about[name]["imports_bytes"]}
+                for act, peak in (("epoch", "trained_peak_bytes"), ("evaluate", "peak_bytes")):
+                    worker.ask(act)
+                    row[peak] = worker.ask("memory")
+                seen.setdefault(name, []).append(row)
+    return [
+        {"contender": name, **{k: quartiles([row[k] for row in rows]) for k in rows[0]}, **shared}
+        for name, rows in seen.items()
+    ]
 
 
 def growth(by: str, settings: Sequence[Setting], rounds: int) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""How fast a training step is, what memory it takes, and how both grow: `make bench`.
+"""How fast a training step is, what memory it takes, how both grow, and the start: `make bench`.
 
 In: nothing but this machine. Out: `benchmarks/results/training.json` and its chart.
 """
@@ -18,6 +18,7 @@ import torch
 import bnnlib
 from benchmarks.rounds import Row, compare, growth, growth_by_epochs, memory
 from benchmarks.settings import LEARNING_RATE, Setting
+from benchmarks.startup import startup
 from benchmarks.workers import CONTENDERS, TEST_IMAGES
 from bnnlib.assembly import resolve_device
 from bnnlib.errors import BnnlibError
@@ -120,15 +121,19 @@ def measure(plan: Plan) -> Row:
     for name, reason in skipped.items():
         click.echo(f"{name} was skipped: {reason}")
     click.echo("memory")
-    found["memory"] = memory(plan.memory)
+    found["memory"] = memory(plan.memory, plan.growth_rounds)
     for by, settings in plan.growth.items():
         click.echo(f"growth by {by}")
         found["growth"] += growth(by, settings, plan.growth_rounds)
     click.echo("growth by epochs")
     smallest = plan.growth["images"][0]
     found["growth"] += growth_by_epochs(smallest, plan.epochs, plan.growth_rounds)
+    click.echo("starting up")
+    found["startup"], missing = startup(plan.growth_rounds)
+    for name, reason in missing.items():
+        click.echo(f"{name} was skipped: {reason}")
     libraries = {k: v for said in about.values() for k, v in said.get("versions", {}).items()}
-    return found | {"skipped": skipped, "libraries": libraries}
+    return found | {"skipped": skipped | missing, "libraries": libraries}
 
 
 def told(row: Row) -> str:

@@ -27,6 +27,7 @@ from benchmarks.naive import NaiveBnn
 from benchmarks.peers import Brevitas, Larq, versions
 from benchmarks.settings import Setting
 from bnnlib.errors import BnnlibError, check_name
+from bnnlib.memory import keep_freed_memory
 
 CONTENDERS = {
     "bnnlib": Bnnlib,
@@ -195,6 +196,7 @@ def prepare(name: str, setting: Setting) -> dict[str, Any]:
     if torch.device(setting.device).type not in kind.devices:
         return {"missing": f"it is compared on {' and '.join(kind.devices)} only"}
     torch.set_num_threads(setting.threads)
+    keep_freed_memory()  # as `bnnlib.experiments.run` does; here for every contender
     try:
         for library in kind.requires:
             import_module(library)

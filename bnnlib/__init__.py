@@ -2,8 +2,8 @@
 
 errors, files, tensors, drawing, glyphs, shapes, patterns, downloads, npz, data, corruption,
 batches, quantizers, layers, precision, models, losses, optim, steps, history, train, probes,
-limits, catalogue, variants, assembly, interrupts, checkpoints, runs, folders, experiments,
-capacity, claims, plots, timings, chapters, side_by_side, __main__.
+limits, catalogue, variants, assembly, memory, interrupts, checkpoints, runs, folders,
+experiments, capacity, claims, plots, timings, chapters, side_by_side, __main__.
 
 Import from the module that holds the name: `from bnnlib.layers import BinaryLinear`.
 """

@@ -1,23 +1,20 @@
 """From an experiment to its data and its model; every random act has a seed of its own.
 
-In: an `Experiment`. Out: image sets, a network, a device, and the memory they need.
-Next file: `interrupts.py`.
+In: an `Experiment`. Out: image sets, a network and a device. Next file: `memory.py`.
 """
 
 import zlib
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
-from bnnlib.catalogue import EVERY_SPLIT, Experiment
+from bnnlib.catalogue import Experiment
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import DRAWN, SIZES, ImageSet, load
-from bnnlib.errors import InvalidValue, TooLarge
-from bnnlib.files import in_words
-from bnnlib.layers import BinaryLayer, BinarySigmoid, BinaryTanh, binary_layers, seed_layers
+from bnnlib.data import DRAWN, ImageSet, load
+from bnnlib.errors import InvalidValue
+from bnnlib.layers import seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
 from bnnlib.precision import use_half
 from bnnlib.tensors import Form, forms
@@ -112,10 +109,7 @@ def build_model(
     return seed_layers(model, stream(e.seed, "random layers"))
 
 
-# ------------------------------------------------------------------- before the first second
-
-
-def _outline(e: Experiment) -> nn.Module:
+def outline(e: Experiment) -> nn.Module:
     """The network without its numbers: shapes and types, on PyTorch's device "meta".
 
     Dropout and stochastic weights are left out; they would need a generator and change no shape.
@@ -126,82 +120,4 @@ def _outline(e: Experiment) -> nn.Module:
 
 def model_forms(experiment: Experiment) -> dict[str, Form]:
     """Shape and type of each parameter and average of the network, which is not built for it."""
-    return forms(_outline(experiment).state_dict())
-
-
-def memory_needed(experiment: Experiment, half: bool = False) -> int:
-    """Bytes without which an experiment cannot train: a lower bound, from its second step on.
-
-    Counts what is there when a backward pass begins: the images, the parameters with their Adam
-    moments, and what the batch has left for it. The images of a `.npz` file are not known yet
-    and count nothing. `half`: signs are kept in half precision.
-    """
-    return sum(_memory_parts(experiment, half).values())
-
-
-def _memory_parts(e: Experiment, half: bool) -> dict[str, int]:
-    """Bytes, by the field that would make them fewer."""
-    if e.evaluates:
-        return {}  # it trains nothing, and the network is that of another run
-    model = _outline(e)
-    parameters = 4 * sum(p.numel() for p in model.parameters())
-    parts = {f"n_{split}": _image_bytes(e, split) for split in EVERY_SPLIT}
-    if e.epochs == 0:
-        return parts | {"width": parameters}
-    side, sign = ARCHITECTURES[e.network].image_size, 2 if half else 4
-    outputs = e.batch_size * _bytes_kept_by_image(model, side, sign)
-    return parts | {"width": 3 * parameters + _sign_bytes(e, model, sign), "batch_size": outputs}
-
-
-def _image_bytes(e: Experiment, split: str) -> int:
-    if e.dataset not in SIZES:
-        return 0
-    pixel = 4 if e.gaussian_variance and split in e.gaussian_splits else 1  # float32 or uint8
-    side, label = ARCHITECTURES[e.network].image_size, 8
-    return e.images(split) * (3 * side * side * pixel + label)
-
-
-def _sign_bytes(e: Experiment, model: nn.Module, sign: int) -> int:
-    """The binarized weights that the backward pass needs; a first dense layer needs none."""
-    layers = binary_layers(model)[1:] if e.weights != "real" else []
-    return sign * sum(layer.weight.numel() for layer in layers)
-
-
-def _bytes_kept_by_image(model: nn.Module, side: int, sign: int) -> int:
-    """One image of a batch and what the layers make of it, kept for the backward pass."""
-    channels, kept = 3, 4 * 3 * side * side
-    for layer in model:
-        if isinstance(layer, nn.Flatten):
-            side = 1
-            continue
-        if isinstance(layer, nn.MaxPool2d):
-            side //= 2
-            kept += 8 * channels * side * side  # where each maximum was, int64
-        elif isinstance(layer, nn.Conv2d | nn.Linear | BinaryLayer):
-            channels = len(layer.weight)
-        is_sign = isinstance(layer, BinaryTanh | BinarySigmoid)
-        kept += (sign if is_sign else 4) * channels * side * side
-    return kept
-
-
-def check_memory(
-    experiment: Experiment, device: torch.device | str = "cpu", half: bool = False
-) -> None:
-    """Raise TooLarge where the device has less free memory than the experiment needs."""
-    needed, free = memory_needed(experiment, half), _free_memory(torch.device(device))
-    if needed > free:
-        parts = _memory_parts(experiment, half)
-        most = max(parts, key=parts.get)
-        raise TooLarge(
-            f"{experiment.name} needs at least {in_words(needed)} of memory, most of it for "
-            f"{most}={getattr(experiment, most)}, and {in_words(free)} are free; "
-            f"use a smaller {most}"
-        )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
-    # What earlier runs of this process have freed, PyTorch keeps for the next one.
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return forms(outline(experiment).state_dict())

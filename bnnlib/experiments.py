@@ -16,7 +16,6 @@ import torch
 
 from bnnlib.assembly import (
     build_model,
-    check_memory,
     check_size,
     prepare_data,
     resolve_device,
@@ -55,6 +54,7 @@ from bnnlib.history import History
 from bnnlib.interrupts import deferred_interrupts
 from bnnlib.layers import binarize_parameters_
 from bnnlib.losses import error_rate, l2_penalty
+from bnnlib.memory import check_memory, keep_freed_memory
 from bnnlib.models import penalized_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.precision import uses_half
@@ -244,6 +244,7 @@ def _fit(
     """Train to the end and write model, history and hash into `result`."""
     e, model, folder = result.experiment, training.model, result.folder
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
+    keep_freed_memory()
     penalized = penalized_parameters(model, e.l2_target)
     history = fit(
         model,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue, check_name
-from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh
+from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh, sign
 
 MODES = ("deterministic", "stochastic", "real")
 STATISTICS = ("running", "batch")
@@ -54,9 +54,14 @@ class BinaryLayer(nn.Module):
             raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
         return binarize_stochastic(self.weight, self.generator)
 
-    def precision_now(self) -> str:
-        """The precision of this call: real weights are never rounded."""
-        return "float32" if self.mode == "real" else self.precision
+    def operand(self) -> Tensor:
+        """What this call computes with, or what it computes with the signs of."""
+        return self.weight if self.mode == "deterministic" else self.effective_weight()
+
+    def way(self) -> tuple[bool, str]:
+        """Whether to take signs, and the precision; real weights are never rounded."""
+        precision = "float32" if self.mode == "real" else self.precision
+        return self.mode == "deterministic", precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
@@ -77,16 +82,22 @@ def _without_tf32() -> Iterator[None]:
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` with stride 1, at the precision of its layer."""
+    """`F.conv2d` with stride 1, at the precision of its layer.
+
+    Where `signs` is true it computes with the signs of the weight, and the gradient of the signs
+    goes straight to the weight, as in `quantizers.binarize`; they are not kept in between.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, padding: int, precision: str):
-        ctx.padding, ctx.precision = padding, precision
+    def forward(ctx, x, weight, bias, padding: int, signs: bool, precision: str) -> Tensor:
+        ctx.padding, ctx.signs, ctx.precision = padding, signs, precision
         if precision == "half":
-            x, weight = x.half(), weight.half()
+            x = x.half()
         ctx.save_for_backward(x, weight)
+        if signs:
+            weight = sign(weight)
         if precision == "half":
-            return F.conv2d(x, weight, padding=padding) + bias.view(-1, 1, 1)
+            return F.conv2d(x, weight.half(), padding=padding) + bias.view(-1, 1, 1)
         if precision == "float32" and x.is_cuda:
             with _without_tf32():
                 return F.conv2d(x, weight, bias, padding=padding)
@@ -97,6 +108,8 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # A sum of its own takes a tenth of the time that oneDNN's convolution takes for it.
         grad_bias = grad.sum((0, 2, 3))
+        if ctx.signs:
+            weight = sign(weight)
         if ctx.precision != "float32":
             grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
         one, border = [1, 1], [ctx.padding, ctx.padding]
@@ -106,24 +119,36 @@ class _Convolution(torch.autograd.Function):
         )
         if ctx.precision != "float32":
             grad_x, grad_weight = grad_x.float(), grad_weight.float()
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class _MixedLinear(torch.autograd.Function):
-    """`F.linear` with the sums in fp16, where its layer says so, and the gradients in bf16."""
+class _Linear(torch.autograd.Function):
+    """`F.linear`, with `signs` and `precision` as in `_Convolution`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+    def forward(ctx, x, weight, bias, signs: bool, precision: str) -> Tensor:
+        ctx.signs, ctx.precision = signs, precision
         if precision == "half":
-            x, weight = x.half(), weight.half()
+            x = x.half()
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight) + bias
+        if signs:
+            weight = sign(weight)
+        if precision == "half":
+            return F.linear(x, weight.half()) + bias
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = (tensor.bfloat16() for tensor in ctx.saved_tensors)
-        rounded = grad.bfloat16()
-        return (rounded @ weight).float(), (rounded.T @ x).float(), grad.sum(0), None
+        x, weight = ctx.saved_tensors
+        grad_bias, grad_x = grad.sum(0), None
+        if ctx.signs:
+            weight = sign(weight)
+        if ctx.precision != "float32":
+            grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).to(grad_bias.dtype)
+        del weight  # as large as the gradient that is next
+        return grad_x, (grad.T @ x).to(grad_bias.dtype), grad_bias, None, None
 
 
 class BinaryLinear(BinaryLayer):
@@ -136,10 +161,7 @@ class BinaryLinear(BinaryLayer):
         super().__init__((out_features, in_features), generator, mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, precision = self.effective_weight(), self.precision_now()
-        if precision == "float32":
-            return F.linear(x, weight, self.bias)
-        return _MixedLinear.apply(x, weight, self.bias, precision)
+        return _Linear.apply(x, self.operand(), self.bias, *self.way())
 
 
 class BinaryConv2d(BinaryLayer):
@@ -170,8 +192,7 @@ class BinaryConv2d(BinaryLayer):
         padding = self.padding
         if self.pad_value != 0:
             x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
-        weight, precision = self.effective_weight(), self.precision_now()
-        return _Convolution.apply(x, weight, self.bias, padding, precision)
+        return _Convolution.apply(x, self.operand(), self.bias, padding, *self.way())
 
 
 class BatchNorm(nn.Module):

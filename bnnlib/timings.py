@@ -20,7 +20,7 @@ from bnnlib.folders import RESULTS
 from bnnlib.plots import COLOURS, GREY, use_book_style
 
 STORED = RESULTS.parent / "benchmarks" / "results" / "training.json"
-LISTS = ("speeds", "limits", "memory", "growth")
+LISTS = ("speeds", "limits", "memory", "growth", "startup")
 QUARTILES = ("low", "median", "high")
 Row = dict[str, Any]
 
@@ -29,7 +29,8 @@ def load_timings(path: str | Path = STORED) -> Row:
     """What the benchmark wrote: its machine, versions and date, and lists of rows.
 
     "speeds" has a row for each network and contender, "limits" the machine's own limit for each
-    network, "memory" a row for each contender, "growth" one for each point and contender.
+    network, "memory" a row for each contender, "growth" one for each point and contender,
+    "startup" the seconds of each program.
     Raises DamagedFile for anything else.
     """
     results = read_json(path)
@@ -88,7 +89,7 @@ def plot_memory(results: Mapping[str, Any], ax: Axes) -> Axes:
     """Peak memory of each contender; the part in a stronger colour is its imports'."""
     rows = results["memory"]
     for what in ("peak_bytes", "imports_bytes"):
-        _bars(ax, rows, [row[what] / 1e6 for row in rows])
+        _bars(ax, rows, [row[what]["median"] / 1e6 for row in rows])
     ax.set(xlabel="peak memory (MB)", xlim=(0, None))
     return ax
 

@@ -23,8 +23,8 @@ from bnnlib.losses import mistakes
 from bnnlib.steps import Penalty, Step
 
 SCHEDULES = ("exponential", "linear")
-# Images at once. On a CPU what a layer makes of them then stays in its caches.
-EVALUATION_BATCH = {"cpu": 100, "cuda": 2000}
+# Images at once. On a CPU few, so that it takes no more memory than training did.
+EVALUATION_BATCH = {"cpu": 50, "cuda": 2000}
 SAMPLED_BATCH = 500  # images for which stochastic weights are drawn once, on every device
 _ADVICE = "a smaller learning rate may help"
 

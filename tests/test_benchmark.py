@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import rounds, training
+from benchmarks import rounds, startup, training
 from benchmarks.contenders import Bnnlib, FloatTwin, TunedFloatTwin
 from benchmarks.limits import Limits, convolution_gradient
 from benchmarks.naive import CopyingAdam, NaiveBnn
 from benchmarks.peers import Brevitas, Larq
 from benchmarks.settings import Setting, made_up, shapes, training_flops
 from benchmarks.workers import LIMIT, Crew, Subject, WorkerDied, peak_memory, prepare, working
+from bnnlib.__main__ import main
 from bnnlib.errors import InvalidValue
+from bnnlib.folders import load_run
 from bnnlib.models import binarynet, count_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.timings import load_timings
@@ -247,15 +249,23 @@ def test_a_whole_benchmark_is_written_and_read(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "CONTENDERS", OURS)
     monkeypatch.setattr(rounds, "working", working_here)
     monkeypatch.setattr("benchmarks.workers.TEST_IMAGES", 10)
+    programs = {"one": ["-c", "print(1.5)"]}
+    monkeypatch.setattr(training, "startup", lambda rounds: startup.startup(rounds, programs))
     training.save(training.run(plan), tmp_path / "b" / "out.json")
     results = load_timings(tmp_path / "b" / "out.json")
     assert [row["contender"] for row in results["speeds"]] == list(OURS)
     assert [row["contender"] for row in results["memory"]] == list(OURS)
     for row in results["memory"]:
-        assert row["peak_bytes"] >= row["trained_peak_bytes"] > row["imports_bytes"] > 0
+        imported, trained, tested = (
+            row[f"{name}_bytes"]["median"] for name in ("imports", "trained_peak", "peak")
+        )
+        assert tested >= trained > imported > 0
     assert {(row["by"], row["contender"]) for row in results["growth"]} == {
         (by, name) for by in ("images", "width", "epochs") for name in ("bnnlib", "float twin")
     }
+    assert [(row["program"], row["seconds"]["high"]) for row in results["startup"]] == [
+        ("one", 1.5)
+    ]
     assert results["machine"]["threads"] == 1
     assert (tmp_path / "b" / "out.png").stat().st_size > 1000
     assert "naive BNN" in capsys.readouterr().out
@@ -332,3 +342,26 @@ def test_each_optional_library_is_pinned():
     names = {line.partition("==")[0] for line in pinned.read_text().splitlines()}
     for kind in training.CONTENDERS.values():
         assert set(kind.requires) <= names
+
+
+def test_programs_are_timed_whole_or_by_themselves_or_skipped_with_their_last_line(tmp_path):
+    programs = {
+        "whole": ["-c", "import time; time.sleep(0.2)"],
+        "itself": ["-c", "print(7.5)"],
+        "not there": ["-c", "print(1); raise OSError('no data here')"],
+        "ours": ["-c", "import os, bnnlib; print(float(os.path.isabs(os.environ['BNNLIB_DATA'])))"],
+    }
+    rows, missing = startup.startup(2, programs)
+    seconds = {row["program"]: row["seconds"]["median"] for row in rows}
+    assert list(seconds) == ["whole", "itself", "ours"]
+    assert seconds["whole"] >= 0.2
+    assert (seconds["itself"], seconds["ours"]) == (7.5, 1.0)
+    assert missing == {"not there": "OSError: no data here"}
+
+
+def test_the_runs_that_are_timed_take_one_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(startup.PROGRAMS["a run of one step, drawn digits"][2:], standalone_mode=False)
+    result = load_run(tmp_path / "run")
+    assert result.experiment.steps == 1
+    assert result.experiment.width == 1.0
