@@ -139,7 +139,7 @@ def growth(by: str, settings: Sequence[Setting], rounds: int) -> Iterator[Row]:
 
 
 def growth_by_epochs(setting: Setting, epochs: Sequence[int], rounds: int) -> Iterator[Row]:
-    """Seconds of so many epochs in a row."""
+    """Seconds of so many epochs in a row, of one contender after the other."""
     with working(GROWING, setting) as crew:
         turns(crew, 0)  # the unmeasured round
         for number in epochs:

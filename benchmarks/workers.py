@@ -50,7 +50,7 @@ class WorkerDied(BnnlibError, RuntimeError):
 class Worker:
     """A process of its own for one contender, or for the machine's limit.
 
-    It is in a session of its own, so Ctrl-C reaches the benchmark alone, which then ends it.
+    It is in a process group of its own, so Ctrl-C reaches the benchmark alone, which then ends it.
     """
 
     def __init__(self, name: str, setting: Setting):
@@ -200,8 +200,8 @@ def prepare(name: str, setting: Setting) -> dict[str, Any]:
     try:
         for library in kind.requires:
             import_module(library)
-    except ImportError as error:
-        return {"missing": str(error)}
+    except ImportError:
+        return {"missing": f"{library} cannot be imported"}
     on_gpu = torch.device(setting.device).type == "cuda"  # whose memory imports leave alone
     memory = 0 if on_gpu else psutil.Process().memory_info().rss
     return {"imports_bytes": memory, "versions": versions(kind.requires)}

@@ -92,8 +92,9 @@ def measure(experiment: Experiment, device: str = "auto") -> Row:
     data = prepare_data(replace(experiment, n_test=0))["train"]
     batches = Batches(data, len(data), next(result.model.parameters()).device)
     with torch.inference_mode(), evaluating(result.model):
-        predicted = [result.model(x).argmax(1) for x, _ in batches.in_order()]
-    information = mutual_information(torch.cat(predicted).cpu(), data.labels)
+        x, _ = next(batches.in_order())
+        predicted = result.model(x).argmax(1)
+    information = mutual_information(predicted.cpu(), data.labels)
     return {
         **{name: getattr(experiment, name) for name in KEY},
         "weights": sum(p.numel() for p in result.model.parameters() if p.dim() > 1),

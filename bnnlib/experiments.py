@@ -134,7 +134,7 @@ def run(
     """
     _check_arguments(experiment, out, device, root, checkpoint_every)
     where, style = resolve_device(device), progress_style(progress)
-    half = uses_half(precision, where) and experiment.binary
+    half = uses_half(precision, where) and experiment.binary and experiment.weights != "real"
     folder = None if out is None else Path(out).expanduser()
     if folder:
         check_folder(folder, experiment)

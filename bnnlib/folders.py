@@ -183,8 +183,8 @@ def _go_on(folder: Path, record: dict[str, Any]) -> None:
     ]
     if changes:
         warnings.warn(
-            f"{folder} goes on in other surroundings, so its last bits may differ from those of "
-            f"an uninterrupted run: {'; '.join(changes)}",
+            f"{folder} goes on in other surroundings, so it may differ from an uninterrupted run, "
+            f"in its last bits at least: {'; '.join(changes)}",
             BnnlibWarning,
             stacklevel=2,
         )

@@ -54,25 +54,29 @@ class BinaryLayer(nn.Module):
             raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
         return binarize_stochastic(self.weight, self.generator)
 
-    def operand(self) -> Tensor:
-        """What this call computes with, or what it computes with the signs of."""
-        return self.weight if self.mode == "deterministic" else self.effective_weight()
+    def _operand(self) -> tuple[Tensor, bool, str]:
+        """The weight of this call, whether its signs are still to be taken, and the precision.
 
-    def way(self) -> tuple[bool, str]:
-        """Whether to take signs, and the precision; real weights are never rounded."""
-        precision = "float32" if self.mode == "real" else self.precision
-        return self.mode == "deterministic", precision
+        The product takes deterministic signs itself, so as not to keep them. Real weights are
+        never rounded.
+        """
+        if self.mode == "deterministic":
+            return self.weight, True, self.precision
+        return self.effective_weight(), False, "float32" if self.mode == "real" else self.precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Inside the `with` block cuDNN does not round float32 to the 11 bits of TF32.
+def _without_tf32(wanted: bool) -> Iterator[None]:
+    """Inside the `with` block cuDNN does not round float32 to the 11 bits of TF32, if `wanted`.
 
-    By default it does. That keeps +1 and -1, and changes pixels and real weights.
+    By default it does. That keeps +1 and -1, and changes pixels, real weights and gradients.
     """
+    if not wanted:
+        yield
+        return
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -98,15 +102,13 @@ class _Convolution(torch.autograd.Function):
             weight = sign(weight)
         if precision == "half":
             return F.conv2d(x, weight.half(), padding=padding) + bias.view(-1, 1, 1)
-        if precision == "float32" and x.is_cuda:
-            with _without_tf32():
-                return F.conv2d(x, weight, bias, padding=padding)
-        return F.conv2d(x, weight, bias, padding=padding)
+        with _without_tf32(x.is_cuda and precision == "float32"):
+            return F.conv2d(x, weight, bias, padding=padding)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        # A sum of its own takes a tenth of the time that oneDNN's convolution takes for it.
+        # A sum of its own takes much less time than oneDNN's convolution takes for it.
         grad_bias = grad.sum((0, 2, 3))
         if ctx.signs:
             weight = sign(weight)
@@ -114,9 +116,10 @@ class _Convolution(torch.autograd.Function):
             grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
         one, border = [1, 1], [ctx.padding, ctx.padding]
         needed = [*ctx.needs_input_grad[:2], False]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
-        )
+        with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
+            )
         if ctx.precision != "float32":
             grad_x, grad_weight = grad_x.float(), grad_weight.float()
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -161,7 +164,8 @@ class BinaryLinear(BinaryLayer):
         super().__init__((out_features, in_features), generator, mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.operand(), self.bias, *self.way())
+        weight, signs, precision = self._operand()
+        return _Linear.apply(x, weight, self.bias, signs, precision)
 
 
 class BinaryConv2d(BinaryLayer):
@@ -192,7 +196,8 @@ class BinaryConv2d(BinaryLayer):
         padding = self.padding
         if self.pad_value != 0:
             x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
-        return _Convolution.apply(x, self.operand(), self.bias, padding, *self.way())
+        weight, signs, precision = self._operand()
+        return _Convolution.apply(x, weight, self.bias, padding, signs, precision)
 
 
 class BatchNorm(nn.Module):

@@ -1,9 +1,11 @@
 """Which layers may take their sums in half precision: those whose sums it holds exactly.
 
 In: a model. Out: the same model, in which such layers do. A product of +1 and -1 is exact in
-every format; GPUs add such products in float32, which is exact too; what can round is the sum, as
-it is written. fp16 has every integer up to 2048, and every even one up to 4096; bf16 has them up
-to 256 and 512 only. The bias is added in float32. Next file: `models.py`.
+every format, and so are sums of them in float32, in which a GPU's matrix units add; what can round
+is the sum, as it is written. fp16 has every integer up to 2048, and every even one up to 4096; bf16
+has them up to 256 and 512 only. The bias is added in float32. Kernels that do not add products of
+the operands themselves, such as Winograd's, are not covered; `tests/test_precision.py` looks at
+those of a GPU where there is one. Next file: `models.py`.
 """
 
 import torch
@@ -44,6 +46,8 @@ def is_exact(layer: BinaryLayer, values: nn.Module) -> bool:
     drop out, so that an even number of channels keeps it even. Inputs of 0 and 1 have no parity.
     """
     terms, channels = layer.weight[0].numel(), layer.weight.shape[1]
+    if getattr(layer, "pad_value", 0) not in (-1, 0, 1):
+        return False
     return is_exact_in_half(terms, isinstance(values, BinaryTanh) and channels % 2 == 0)
 
 
@@ -51,7 +55,8 @@ def uses_half(precision: str, device: torch.device) -> bool:
     """Whether a network on this device is to take sums in half precision.
 
     "half" and "float32" say so; "auto" is "half" on a GPU and "float32" on a CPU, which
-    computes in half precision more slowly. Raises InvalidValue for other names.
+    computes in half precision more slowly. Raises InvalidValue for other names. This concerns
+    binary layers; a full-precision twin is computed as PyTorch's defaults have it.
     """
     check_name("precision", precision, PRECISIONS)
     return precision == "half" or (precision == "auto" and device.type == "cuda")

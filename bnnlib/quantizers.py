@@ -14,7 +14,7 @@ def sign(x: Tensor) -> Tensor:
     """+1 where x >= 0, else -1; never 0, and -0.0 counts as 0. NaN becomes +1.
 
     1 - 2 [x < 0], with the comparison written as numbers: masks of type bool and `torch.where`
-    take about ten times as long on a CPU.
+    take many times as long on a CPU.
     """
     negative = torch.empty_like(x, requires_grad=False)
     torch.lt(x.detach(), 0, out=negative)

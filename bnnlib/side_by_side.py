@@ -1,7 +1,7 @@
 """Several runs at once on one machine, each in a process of its own.
 
-In: the arguments of `python -m bnnlib` for each run. Out: their exit statuses. One run at a batch
-of 50 leaves most of a GPU idle. Next file: `__main__.py`.
+In: the arguments of `python -m bnnlib` for each run. Out: their exit statuses.
+Next file: `__main__.py`.
 """
 
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import IO
 
 import torch
@@ -22,7 +23,8 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> dict[str, int]:
     What a process writes appears line by line with its label in front. The processors are
     shared out, unless OMP_NUM_THREADS says how many threads each has. A SIGINT or SIGTERM is
     passed on to all, which save and end with status 130; one that is ended by a signal has
-    128 and its number, as in a shell. None outlives this call.
+    128 and its number, as in a shell. None outlives this call,
+    unless this process is killed.
     """
     processes: dict[str, subprocess.Popen] = {}
     threads = str(max(1, torch.get_num_threads() // len(commands)))
@@ -68,7 +70,8 @@ def _echo(label: str, process: subprocess.Popen) -> list[threading.Thread]:
 
     def copy(source: IO[str], target: IO[str]) -> None:
         for line in source:
-            print(f"{label}: {line}", end="", file=target, flush=True)
+            with suppress(OSError, ValueError):  # nobody listens any more; go on reading
+                print(f"{label}: {line}", end="", file=target, flush=True)
 
     pairs = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
     threads = [threading.Thread(target=copy, args=pair, daemon=True) for pair in pairs]

@@ -2,7 +2,7 @@
 
 In: a model, its optimizer and its batches. Out: the model, moved by one batch; the loss and the
 mistakes stay on the device until somebody reads them. On a GPU Python then launches one graph a
-step instead of some hundred kernels, which at a batch of 50 are short.
+step instead of each of its kernels, which at a batch of 50 are short.
 Next file: `history.py`.
 """
 

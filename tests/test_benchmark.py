@@ -288,6 +288,15 @@ def test_in_a_plan_one_thing_grows_at_a_time(make):
     assert all(s.images == s.epoch_images for s in plan.growth["images"])
 
 
+def test_on_a_gpu_the_steps_of_a_turn_go_beyond_the_capture():
+    plan = training.full_plan(Setting(device="cuda"))
+    longer = training.for_device(plan)
+    timed = [*longer.compared, *(s for settings in longer.growth.values() for s in settings)]
+    assert min(s.steps for s in timed) >= 100
+    assert longer.growth["images"] == plan.growth["images"]  # whole epochs stay whole epochs
+    assert training.for_device(training.full_plan(Setting())) == training.full_plan(Setting())
+
+
 def test_the_full_plan_has_the_networks_of_the_original():
     plan = training.full_plan(Setting())
     compared = {(s.network, s.width) for s in plan.compared}
@@ -309,7 +318,7 @@ def test_a_missing_library_is_skipped_and_a_dead_worker_is_named(monkeypatch, tm
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with working(["float twin", "Brevitas"], TINY) as crew:
         assert list(crew.workers) == ["float twin"]
-        assert crew.about["Brevitas"] == {"missing": "brevitas is not for this machine"}
+        assert crew.about["Brevitas"] == {"missing": "brevitas cannot be imported"}
         worker = crew.workers["float twin"]
         assert worker.ask("epoch") > 0
         worker.process.kill()

@@ -224,6 +224,20 @@ def test_the_twin_and_the_other_profile_run_too():
     assert len(twin.history) == 2
 
 
+def test_half_precision_is_recorded_and_taken_by_binary_layers_alone(finished, tmp_path):
+    half = run(BASE, tmp_path / "half", device="cpu", progress="none", precision="half")
+    assert half.record["device"] == finished.record["device"] + ", half precision"
+    assert [layer.precision for layer in binary_layers(half.model)] == ["float32"] + ["half"] * 4
+    losses, others = half.history["train_loss"], finished.history["train_loss"]
+    assert losses != others
+    assert losses == pytest.approx(others, rel=0.1)
+    again = load_run(tmp_path / "half")
+    assert {layer.precision for layer in binary_layers(again.model)} == {"float32"}
+    assert evaluate_run(again) == again.history.last("train_error")
+    twin = run(replace(BASE, binary=False), device="cpu", progress="none", precision="half")
+    assert twin.record["device"] == finished.record["device"]
+
+
 def test_what_is_done_sparingly_takes_a_twentieth_of_the_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

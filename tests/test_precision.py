@@ -202,3 +202,25 @@ def test_half_precision_is_for_gpus_unless_somebody_says_otherwise(precision, de
 def test_unknown_precision_is_refused_with_the_nearest():
     with pytest.raises(InvalidValue, match="'float23'; did you mean 'float32'"):
         uses_half("float23", torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("network", ["cifar10", "svhn"])
+@pytest.mark.parametrize("images", [50, 500])
+def test_a_gpu_takes_every_sum_of_signs_exactly(network, images):
+    model = use_half(binarynet(network, generator=seeded())).cuda()
+    size = 32
+    for name, layer in list(model.named_children())[1:]:
+        size = size // 2 if name.startswith("pool") else size
+        if getattr(layer, "precision", "float32") == "float32":
+            continue
+        shape = (size, size) if isinstance(layer, BinaryConv2d) else ()
+        x = signs(images, layer.weight.shape[1], *shape)
+        expected = copy.deepcopy(layer).cpu()
+        expected.precision = "float32"
+        with torch.no_grad():  # the biases are 0, and sums in float32 are exact
+            found = layer(x.cuda())
+            assert torch.equal(found.cpu(), expected(x)), name

@@ -25,15 +25,17 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def start(data, half=False, l2=0.0, **settings):
+def start(data, half=False, l2=0.0, device="cpu", **settings):
     """A `Step` of a small network on batches of 20, at the beginning of an epoch."""
-    model = binarynet(DEEP, generator=seeded(), **settings).to(memory_format=torch.channels_last)
+    model = binarynet(DEEP, generator=seeded(), **settings)
+    model.to(device, memory_format=torch.channels_last)
     seed_layers(model, 3)
     if half:
         use_half(model)
     penalized = [model.dense5.weight]
     penalty = (lambda: l2 * l2_penalty(penalized)) if l2 else None
-    step = Step(model, BinaryAdam(parameter_groups(model), lr=1e-2), Batches(data, 20), penalty)
+    batches = Batches(data, 20, device)
+    step = Step(model, BinaryAdam(parameter_groups(model), lr=1e-2), batches, penalty)
     step.begin_epoch(step.batches.order(seeded()), *NOTHING)
     return step
 
@@ -254,6 +256,21 @@ def test_the_first_steps_on_a_gpu_are_done_and_the_others_repeated(noise, monkey
         plain()
     assert done == ["step"] * WARM_UP + ["capture"] + ["replay"] * (6 - WARM_UP)
     assert_same_state(step, plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("settings", [*SETTINGS, {"weights": "stochastic", "dropout": (0.3,)}])
+def test_on_a_gpu_the_graph_is_the_step(noise, settings):
+    captured, plain = (start(noise(n=200), device="cuda", **settings) for _ in range(2))
+    plain.captures = False
+    for epoch in range(2):
+        for step in (captured, plain):
+            begin_epoch(step, epoch, 1e-2 / (epoch + 1))
+            for _ in range(step.count):
+                step()
+    assert captured.graph is not None
+    torch.testing.assert_close(captured.losses, plain.losses, rtol=1e-3, atol=1e-3)
+    assert captured.next.item() == plain.next.item() == captured.count
 
 
 # ------------------------------------------------------------------------------------- an epoch
