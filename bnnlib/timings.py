@@ -42,24 +42,24 @@ def load_timings(path: str | Path = STORED) -> Row:
 
 
 def speed_table(results: Mapping[str, Any]) -> list[Row]:
-    """One row for each network, width and contender: medians, some with quartiles, as text."""
+    """One row for each network, width and contender: medians, the times with quartiles, as text."""
     return [
         {
             "network": row["network"],
             "width": row["width"],
             "contender": row["contender"],
-            "ms a step": _spread(row["milliseconds"], 1),
+            "ms a step": _spread(row["milliseconds"]),
             "images/s": f"{row['images_per_second']['median']:,.0f}",
-            "to the twin": _spread(row["speed_to_twin"], 2),
-            "to the tuned twin": _spread(row["speed_to_tuned_twin"], 2),
+            "to the twin": f"{row['speed_to_twin']['median']:.2f}",
+            "to the tuned twin": f"{row['speed_to_tuned_twin']['median']:.2f}",
             "of the limit": f"{row['share_of_limit']['median']:.0%}",
         }
         for row in results["speeds"]
     ]
 
 
-def _spread(quartiles: Mapping[str, float], digits: int) -> str:
-    low, middle, high = (f"{quartiles[name]:,.{digits}f}" for name in QUARTILES)
+def _spread(quartiles: Mapping[str, float]) -> str:
+    low, middle, high = (f"{quartiles[name]:,.1f}" for name in QUARTILES)
     return f"{middle}\N{NO-BREAK SPACE}({low}–{high})"
 
 

@@ -63,7 +63,7 @@ def test_the_table_has_a_row_for_each_contender(results):
     assert (first["contender"], second["contender"]) == ("bnnlib", "float twin")
     assert first["images/s"] == "2,000"
     assert first["ms a step"] == "1.5\N{NO-BREAK SPACE}(0.8–3.0)"
-    assert first["of the limit"] == "150%"
+    assert (first["to the twin"], first["of the limit"]) == ("1.50", "150%")
     assert networks(results) == [("svhn", 0.25)]
 
 
