@@ -85,6 +85,16 @@ def _without_tf32(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def _operands(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward pass multiplies: the gradient, the inputs and the weight, or its signs."""
+    x, weight = ctx.saved_tensors
+    if ctx.signs:
+        weight = sign(weight)
+    if ctx.precision == "float32":
+        return grad, x, weight
+    return grad.bfloat16(), x.bfloat16(), weight.bfloat16()
+
+
 class _Convolution(torch.autograd.Function):
     """`F.conv2d` with stride 1, at the precision of its layer.
 
@@ -107,13 +117,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
         # A sum of its own takes much less time than oneDNN's convolution takes for it.
         grad_bias = grad.sum((0, 2, 3))
-        if ctx.signs:
-            weight = sign(weight)
-        if ctx.precision != "float32":
-            grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
+        grad, x, weight = _operands(ctx, grad)
         one, border = [1, 1], [ctx.padding, ctx.padding]
         needed = [*ctx.needs_input_grad[:2], False]
         with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
@@ -142,12 +148,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
         grad_bias, grad_x = grad.sum(0), None
-        if ctx.signs:
-            weight = sign(weight)
-        if ctx.precision != "float32":
-            grad, x, weight = grad.bfloat16(), x.bfloat16(), weight.bfloat16()
+        grad, x, weight = _operands(ctx, grad)
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).to(grad_bias.dtype)
         del weight  # as large as the gradient that is next

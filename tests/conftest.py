@@ -1,6 +1,7 @@
 """What several test files share: one thread, sets of noise, a small network, a finished run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from bnnlib.data import ImageSet
 from bnnlib.experiments import published, run, smoke
 from bnnlib.models import Architecture
+from bnnlib.variants import named
 
 DIGITS = tuple("0123456789")
 
@@ -69,3 +71,20 @@ def npz(tmp_path):
         return tmp_path / "mine.npz"
 
     return write
+
+
+BASE = smoke(published("svhn-random-labels"))
+EACH_KIND = {
+    "binary": BASE,
+    "float": replace(BASE, binary=False),
+    "dropout": smoke(named("svhn-dropout-after-activation")),
+    "stochastic": smoke(published("cifar10-stochastic")),
+    "real weights": replace(BASE, network="svhn", weights="real"),
+    "dense": smoke(named("capacity")),
+}
+
+
+@pytest.fixture(params=EACH_KIND.values(), ids=EACH_KIND)
+def each_kind(request):
+    """An experiment of each kind that differs in its network."""
+    return request.param
