@@ -3,7 +3,7 @@
 In: a model with gradients. Out: its parameters, moved. Next file: `steps.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf
 
 import torch
@@ -30,7 +30,8 @@ class BinaryAdam(torch.optim.Optimizer):
     Here eps is not divided by the bias correction, as it is in `torch.optim.Adam`.
     The original moves W to clip(W + s (Adam(W) - W)), which is this with lr_scale = s.
 
-    `params`: `parameter_groups(model)`, or anything an optimizer takes.
+    `params`: `parameter_groups(model)`, or anything an optimizer takes. Raises InvalidValue for
+    a negative `lr` or `eps`, and for a beta outside [0, 1).
     Source: Kingma & Ba 2015, end of section 2; Lasagne `updates.py:612-630`;
     `binary_net_random_labels.py:198-213` of the original.
     """
@@ -42,13 +43,25 @@ class BinaryAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        if lr < 0:
-            raise InvalidValue(f"lr must not be negative, got {lr}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "lr_scale": 1.0, "clip": None}
         super().__init__(params, defaults)
-        self._read: list[tuple[float, ...]] = []  # lr * lr_scale, beta1, beta2 of each group
-        self._settings: Tensor | None = None  # the same, where the parameters are
-        self._infinity: Tensor | None = None  # beside them
+
+    # Derived from the groups, so copies and pickles leave them out and begin with these.
+    _read: Sequence[tuple[float, ...]] = ()  # lr * lr_scale, beta1, beta2 of each group
+    _settings: Tensor | None = None  # the same, where the parameters are
+    _infinity: Tensor | None = None  # beside them
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Take one more group; raises InvalidValue for a setting with which no step is defined."""
+        group = self.defaults | param_group
+        for name, value in (("lr", group["lr"]), ("eps", group["eps"])):
+            if not 0 <= value < inf:
+                raise InvalidValue(f"{name} must be a number, 0 or more, got {value}")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise InvalidValue(
+                f"betas must be two numbers, at least 0 and below 1, got {group['betas']}"
+            )
+        super().add_param_group(param_group)
 
     @property
     def updates(self) -> Tensor:

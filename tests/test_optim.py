@@ -1,3 +1,7 @@
+import copy
+import pickle
+from math import nan
+
 import numpy as np
 import pytest
 import torch
@@ -138,29 +142,57 @@ def test_closure_is_called_and_its_loss_returned():
     assert p.item() == pytest.approx(1.9)
 
 
-def test_a_saved_optimizer_continues_as_if_never_stopped(tiny):
+def through_state_dict(pair, fresh):
+    """The new pair, with the numbers of the other."""
+    for part, source in zip(fresh, pair, strict=True):
+        part.load_state_dict(source.state_dict())
+    return fresh
+
+
+COPIES = {
+    "state_dict": through_state_dict,
+    "deepcopy": lambda pair, fresh: copy.deepcopy(pair),
+    "pickle": lambda pair, fresh: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copied_optimizer_continues_as_if_never_stopped(way, done, tiny):
     def start():
         model = binarynet(tiny, generator=torch.Generator().manual_seed(0))
-        return model, BinaryAdam(parameter_groups(model))
+        return model, BinaryAdam(parameter_groups(model), lr=1e-2)
 
-    def step(model, optimizer, seed):
-        generator = torch.Generator().manual_seed(seed)
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
+    def steps(pair, seeds):
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for p in pair[0].parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            pair[1].step()
 
-    whole, resumed = start(), start()
-    for seed in range(3):
-        step(*whole, seed)
-    for seed in range(2):
-        step(*resumed, seed)
-    model, optimizer = start()
-    model.load_state_dict(resumed[0].state_dict())
-    optimizer.load_state_dict(resumed[1].state_dict())
-    step(model, optimizer, 2)
-    assert all(map(torch.equal, model.parameters(), whole[0].parameters()))
+    whole, stopped = start(), start()
+    steps(whole, range(3))
+    steps(stopped, range(done))
+    resumed = COPIES[way](stopped, start())
+    steps(resumed, range(done, 3))
+    assert all(map(torch.equal, resumed[0].parameters(), whole[0].parameters()))
+    assert int(resumed[1].updates) == 3
+    assert int(stopped[1].updates) == done  # the copy is one
 
 
-def test_a_negative_rate_is_refused():
-    with pytest.raises(InvalidValue, match=r"lr must not be negative, got -0\.1"):
-        BinaryAdam([nn.Parameter(torch.zeros(1))], lr=-0.1)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -0.1}, r"lr must be a number, 0 or more, got -0\.1"),
+        ({"lr": nan}, "lr must be a number, 0 or more, got nan"),
+        ({"eps": -1}, "eps must be a number, 0 or more, got -1"),
+        ({"betas": (1.0, 0.9)}, r"betas must be two numbers.*below 1, got \(1\.0, 0\.9\)"),
+        ({"betas": (0.9, -0.1)}, "betas must be two numbers, at least 0"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+    ],
+)
+def test_settings_without_a_step_are_refused_also_in_a_group(settings, message):
+    with pytest.raises(InvalidValue, match=message):
+        BinaryAdam([nn.Parameter(torch.zeros(1))], **settings)
+    with pytest.raises(InvalidValue, match=message):
+        BinaryAdam([{"params": [nn.Parameter(torch.zeros(1))], **settings}])
