@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnnlib.data import ImageSet
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import InvalidValue, check_whole
 
 
 def scale_pixels(images: Tensor) -> Tensor:
@@ -39,14 +39,12 @@ class Batches:
     """
 
     def __init__(self, data: ImageSet, batch_size: int, device: torch.device | str = "cpu"):
-        if batch_size < 1:
-            raise InvalidValue(f"batch_size must be at least 1, got {batch_size}")
         if len(data) == 0:
             raise InvalidValue(f"{data.name} {data.split}: no images to make batches of")
         self.images = data.images.to(device)
         self.labels = data.labels.to(device)
         self.classes = len(data.class_names)
-        self.batch_size = batch_size
+        self.batch_size = check_whole("batch_size", batch_size, 1)
 
     def __len__(self) -> int:
         """Images in the set."""

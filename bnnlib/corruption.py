@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bnnlib.data import ImageSet
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import InvalidValue, check_whole
 
 
 def random_labels(data: ImageSet, fraction: float = 1.0, *, seed: int) -> ImageSet:
@@ -27,7 +27,7 @@ def random_labels(data: ImageSet, fraction: float = 1.0, *, seed: int) -> ImageS
     """
     if not 0 <= fraction <= 1:
         raise InvalidValue(f"fraction must be between 0 and 1, got {fraction}")
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     chosen = rng.permutation(len(data))[: round(fraction * len(data))]
     new = torch.from_numpy(rng.integers(len(data.class_names), size=len(data)))
     labels = data.labels.clone()
@@ -52,7 +52,7 @@ def gaussian_inputs(
     if not 0 < variance < math.inf:
         raise InvalidValue(f"variance must be positive and finite, got {variance}")
     mean, std = _scaled_moments(data) if matched else (0.0, variance**0.5)
-    noise = np.random.default_rng(seed).standard_normal(tuple(data.images.shape), np.float32)
+    noise = _generator(seed).standard_normal(tuple(data.images.shape), np.float32)
     images = torch.from_numpy(noise).mul_(std).add_(mean)
     note = f"Gaussian inputs: mean {mean:.6g}, variance {std**2:.6g}, seed {seed}"
     return _noted(replace(data, images=images), note)
@@ -64,7 +64,7 @@ def shuffled_pixels(data: ImageSet, *, seed: int) -> ImageSet:
     With one seed, train and test are shuffled alike. Source: Zhang et al. 2017, section 2.
     """
     flat = data.images.flatten(2)  # (N, 3, H*W)
-    order = np.random.default_rng(seed).permutation(flat.shape[2])
+    order = _generator(seed).permutation(flat.shape[2])
     images = flat[:, :, order].reshape(data.images.shape)
     return _noted(replace(data, images=images), f"shuffled pixels: seed {seed}")
 
@@ -77,10 +77,15 @@ def random_pixels(data: ImageSet, *, seed: int) -> ImageSet:
     flat = data.images.flatten(2)  # (N, 3, H*W)
     n, _, positions = flat.shape
     orders = np.tile(np.arange(positions), (n, 1))
-    orders = np.random.default_rng(seed).permuted(orders, axis=1)  # each row its own order
+    orders = _generator(seed).permuted(orders, axis=1)  # each row its own order
     index = torch.from_numpy(orders)[:, None].expand(flat.shape)
     images = flat.gather(2, index).reshape(data.images.shape)
     return _noted(replace(data, images=images), f"random pixels: seed {seed}")
+
+
+def _generator(seed: int) -> np.random.Generator:
+    """None, which NumPy takes for another seed at every call, is refused."""
+    return np.random.default_rng(check_whole("seed", seed))
 
 
 def _scaled_moments(data: ImageSet) -> tuple[float, float]:

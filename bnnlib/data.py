@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnnlib.downloads import read_published
-from bnnlib.errors import InvalidValue, check_name
+from bnnlib.errors import InvalidValue, check_name, check_whole
 from bnnlib.glyphs import GLYPH_CLASSES, glyphs
 from bnnlib.npz import read_split
 from bnnlib.patterns import PATTERN_CLASSES, patterns
@@ -83,7 +84,8 @@ class ImageSet:
         """The first n images; all of them for None."""
         if n is None:
             return self
-        if not isinstance(n, int) or not 0 < n <= len(self):
+        whole = isinstance(n, Integral) and not isinstance(n, bool)
+        if not whole or not 0 < n <= len(self):
             raise InvalidValue(f"{self.name} {self.split} has {len(self)} images, asked for {n}")
         true = None if self.true_labels is None else self.true_labels[:n]
         return replace(self, images=self.images[:n], labels=self.labels[:n], true_labels=true)
@@ -179,8 +181,7 @@ def _drawn_arrays(name: str, split: str, n: int, seed: int) -> tuple[np.ndarray,
 
 
 def _draw(name: str, split: str, n: int, seed: int) -> ImageSet:
-    if n < 1:
-        raise InvalidValue(f"n must be at least 1, got {n}")
+    n, seed = check_whole("n", n, 1), check_whole("seed", seed)
     images, labels = _drawn_arrays(name, split, n, seed)
     # A copy, so that nobody can write into the cache.
     return ImageSet(torch.tensor(images), torch.tensor(labels), name, split, DRAWN[name][1])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bnnlib.errors import InvalidValue, unknown_name
+from bnnlib.errors import InvalidValue, check_whole, unknown_name
 
 SIDE = 32  # of an image, in pixels
 SPLITS = ("train", "valid", "test")
@@ -83,9 +83,8 @@ def draw_set(
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    _check_whole("n", n)
-    _check_whole("seed", seed)
-    stream = np.random.SeedSequence((set_number, SPLITS.index(split), int(seed)))
+    check_whole("n", n)
+    stream = np.random.SeedSequence((set_number, SPLITS.index(split), check_whole("seed", seed)))
     bits = np.random.PCG64(stream)
     images, labels = np.empty((n, 3, side, side), np.uint8), np.empty(n, np.int64)
     for start in range(0, n, CHUNK):
@@ -93,11 +92,6 @@ def draw_set(
         draws = Draws(bits.random_raw(rows * words).reshape(rows, words))
         images[start : start + rows], labels[start : start + rows] = draw(draws)
     return images, labels
-
-
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise InvalidValue(f"{name} must be a whole number, 0 or larger; got {value!r}")
 
 
 def per_image(values: np.ndarray, ndim: int = 3) -> np.ndarray:

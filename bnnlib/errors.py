@@ -7,6 +7,7 @@ Next file: `files.py`.
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 
 
 class BnnlibError(Exception):
@@ -88,3 +89,10 @@ def check_name(kind: str, value: object, allowed: Iterable[str]) -> None:
     """Raise `unknown_name` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise unknown_name(kind, value, allowed)
+
+
+def check_whole(name: str, value: object, low: int = 0) -> int:
+    """`value` as an int; raises InvalidValue unless it is a whole number, at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise InvalidValue(f"{name} must be a whole number, {low} or more, got {shown(value)}")
+    return int(value)

@@ -6,13 +6,13 @@ and, but for the last, the activation. Next file: `losses.py`.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 from torch import nn
 
-from bnnlib.errors import InvalidValue, check_name
+from bnnlib.errors import InvalidValue, check_name, check_whole
 from bnnlib.layers import (
     BatchNorm,
     BinaryConv2d,
@@ -26,13 +26,28 @@ from bnnlib.layers import (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a BinaryNet: 3x3 convolutions, a 2x2 pool after every few, then dense layers."""
+    """Sizes of a BinaryNet: 3x3 convolutions, a 2x2 pool after every few, then dense layers.
+
+    Raises InvalidValue unless each is a whole number, at least 1, and leaves a pixel to pool.
+    """
 
     convolutions: tuple[int, ...]  # output channels
     pool_every: int  # a pool after every so many convolutions
     dense: tuple[int, ...]  # hidden units; the classes come on top
     image_size: int = 32  # height and width, in pixels
     classes: int = 10
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for size in value if isinstance(value, tuple | list) else (value,):
+                check_whole(field.name, size, 1)
+        pools = len(self.convolutions) // self.pool_every
+        if self.image_size < 2**pools:
+            raise InvalidValue(
+                f"{pools} pools leave nothing of {self.image_size} x {self.image_size} pixels; "
+                f"pool_every must be larger than {self.pool_every}"
+            )
 
 
 ARCHITECTURES = {

@@ -29,6 +29,13 @@ def test_each_corruption_adds_a_line_that_names_its_seed(corrupt, noise):
     assert "seed 47" in twice.provenance[1]
 
 
+@pytest.mark.parametrize("seed", [None, -1, 1.0, True])
+@pytest.mark.parametrize("corrupt", ALL)
+def test_a_corruption_without_a_seed_is_refused(corrupt, seed, noise):
+    with pytest.raises(InvalidValue, match=f"seed must be a whole number, 0 or more, got {seed}"):
+        corrupt(noise(), seed=seed)
+
+
 # ---------------------------------------------------------------------------------- labels
 
 

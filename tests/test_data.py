@@ -81,10 +81,15 @@ def test_first_images_keep_their_labels_and_the_record():
     assert data.first(None) is data
 
 
-@pytest.mark.parametrize("n", [0, -1, 5])
+@pytest.mark.parametrize("n", [0, -1, 5, True, 2.0])
 def test_first_of_too_many_or_none_is_refused(n):
     with pytest.raises(InvalidValue, match=f"mine train has 4 images, asked for {n}"):
         ImageSet(PIXELS, LABELS, "mine", "train", ABC).first(n)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_first_takes_numpys_numbers(kind):
+    assert len(ImageSet(PIXELS, LABELS, "mine", "train", ABC).first(kind(3))) == 3
 
 
 @pytest.mark.parametrize(("n", "count"), [(2, 2), (4, 4), (5, 4), (None, 4)])
@@ -189,7 +194,7 @@ class TestDrawnSets:
 
     @pytest.mark.parametrize("n", [0, -3])
     def test_without_images_it_is_refused(self, name, n):
-        with pytest.raises(InvalidValue, match=f"n must be at least 1, got {n}"):
+        with pytest.raises(InvalidValue, match=f"n must be a whole number, 1 or more, got {n}"):
             load(name, "train", n=n)
 
 

@@ -95,7 +95,7 @@ def test_labels_are_uniform(name):
 def test_bad_arguments_are_named(name):
     with pytest.raises(InvalidValue, match=r"unknown split 'tset'; did you mean 'test'\?"):
         SETS[name]("tset", 1)
-    with pytest.raises(InvalidValue, match=r"n must be a whole number, 0 or larger; got -1"):
+    with pytest.raises(InvalidValue, match=r"n must be a whole number, 0 or more, got -1"):
         SETS[name]("train", -1)
     with pytest.raises(InvalidValue, match=r"seed must be .* got 0\.5"):
         SETS[name]("train", 1, seed=0.5)

@@ -264,6 +264,29 @@ def test_own_architecture_with_its_own_image_size_and_classes():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"pool_every": 0}, "pool_every must be a whole number, 1 or more, got 0"),
+        ({"convolutions": (4, -8)}, "convolutions must be a whole number, 1 or more, got -8"),
+        ({"dense": (2.5,)}, r"dense must be a whole number, 1 or more, got 2\.5"),
+        ({"image_size": 0}, "image_size must be a whole number, 1 or more, got 0"),
+        ({"classes": True}, "classes must be a whole number, 1 or more, got True"),
+        ({"pool_every": 1, "image_size": 7}, "3 pools leave nothing of 7 x 7 pixels.*than 1"),
+    ],
+)
+def test_sizes_of_which_no_network_can_be_made_are_refused(sizes, text):
+    good = {"convolutions": (4, 4, 4), "pool_every": 2, "dense": (8,), "image_size": 8}
+    assert Architecture(**good)
+    with pytest.raises(InvalidValue, match=text):
+        Architecture(**good | sizes)
+
+
+def test_the_last_pool_may_leave_one_pixel(generator):
+    least = Architecture((4, 4, 4), pool_every=1, dense=(), image_size=8)
+    assert binarynet(least, generator=generator)(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"architecture": "cifar"}, "unknown network 'cifar'; did you mean 'cifar10'"),
