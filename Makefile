@@ -10,13 +10,14 @@ help: ## show this list
 
 env: $(INSTALLED) ## make .venv and install everything into it
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml book/kernel.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed:" \
 	         "make env PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VENV)/bin/python book/kernel.py
 	@touch $@
 
 book: env ## execute the chapters and render them to _build/html/index.html
