@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from ipykernel.kernelspec import write_kernel_spec
+
 from notebooks import KERNELSPEC
 
 # IPython imports its extensions before any cell. Where one cannot be
