@@ -4,11 +4,12 @@ In: a grid of runs on `patterns`, whose labels are drawn by lot. Out: one row fo
 as a table. Next file: `claims.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from math import log, log2
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,14 @@ from tqdm import tqdm
 
 from bnnlib.batches import Batches
 from bnnlib.catalogue import Experiment
-from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, Interrupted, InvalidValue
+from bnnlib.errors import (
+    DamagedFile,
+    DataNotFound,
+    FolderInUse,
+    Interrupted,
+    InvalidValue,
+    shown,
+)
 from bnnlib.experiments import prepare_data, resolve_device, run
 from bnnlib.files import LOCK, locked, make_folder, read_json, write_json
 from bnnlib.folders import RESULTS
@@ -33,7 +41,7 @@ SIZES = (250, 500, 1000, 2000, 4000)  # training images
 STEPS = 4_000  # mini-batches, the same for every size
 SEEDS = (0, 1, 2)  # of weights, order, images and labels
 ABOUT, TABLE = "grid.json", "grid.csv"
-KEY = ("width", "n_train", "epochs", "binary", "seed")  # what differs between the points of a grid
+KEY = ("width", "n_train", "epochs", "binary", "seed", "data_seed")  # what differs between points
 
 Row = dict[str, float]
 
@@ -94,7 +102,7 @@ def measure(experiment: Experiment, device: str = "auto") -> Row:
     with torch.inference_mode(), evaluating(result.model):
         x, _ = next(batches.in_order())
         predicted = result.model(x).argmax(1)
-    information = mutual_information(predicted.cpu(), data.labels)
+    information = mutual_information(predicted.cpu(), data.labels, len(data.class_names))
     return {
         **{name: getattr(experiment, name) for name in KEY},
         "weights": sum(p.numel() for p in result.model.parameters() if p.dim() > 1),
@@ -111,27 +119,45 @@ def measure_grid(
     """Measure every point, and keep the table in `folder` after each; known points are kept.
 
     The folder holds `grid.csv` and `grid.json`, which says what all points share. Raises
-    InvalidValue where the folder holds another grid, FolderInUse where it holds something else,
-    Interrupted on Ctrl-C.
+    InvalidValue where they share too little, or the folder holds another grid, FolderInUse where
+    it holds something else, Interrupted on Ctrl-C.
     """
     folder = Path(folder)
-    shared = {name: getattr(CAPACITY, name) for name in (*KEY, "data_seed")}
-    base = replace(experiments[0], **shared)
+    base = _shared(experiments)
     _check_grid(folder, base)
     make_folder(folder)
     with locked(folder):
         rows = _open_grid(folder, base, device)
-        known = {tuple(row[name] for name in KEY) for row in rows}
+        known = {_key(row) for row in rows}
         try:
             for e in tqdm(experiments, unit="run", disable=progress_style() == "none"):
-                if tuple(getattr(e, name) for name in KEY) not in known:
+                if _key(vars(e)) not in known:
                     rows.append(measure(e, device))
-                    History(rows).save(folder / TABLE)
+                    known.add(_key(rows[-1]))
+                    History(rows).save(folder / TABLE, exact=True)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped; the grid in {folder} is kept; the same command continues it"
             ) from None
     return rows
+
+
+def _key(point: Mapping[str, Any]) -> tuple:
+    return tuple(point[name] for name in KEY)
+
+
+def _shared(experiments: Sequence[Experiment]) -> Experiment:
+    """What all points of a grid share; raises InvalidValue where they differ in more than KEY."""
+    alike = {name: getattr(CAPACITY, name) for name in KEY}
+    base, *others = [replace(e, **alike) for e in experiments]
+    for other in others:
+        for name, value in base.decisive().items():
+            if getattr(other, name) != value:
+                raise InvalidValue(
+                    f"the points of a grid may differ in {', '.join(KEY)} only; {name} is "
+                    f"{shown(value)} in the first and {shown(getattr(other, name))} in another"
+                )
+    return base
 
 
 def _check_grid(folder: Path, base: Experiment) -> None:
@@ -155,8 +181,10 @@ def load_grid(folder: str | Path = STORED) -> list[Row]:
     path = Path(folder) / TABLE
     if not path.is_file():
         raise DataNotFound(f"{path.parent} holds no grid: there is no {TABLE} in it")
-    whole, rows = ("n_train", "seed", "weights"), read_table(path)
+    whole = ("n_train", "epochs", "seed", "data_seed", "weights")
+    rows = read_table(path)
     try:
+        rows = [{"data_seed": r["seed"]} | r for r in rows]  # older grids have one seed for both
         if missing := [name for name in KEY if rows and name not in rows[0]]:
             raise LookupError(f"no column {missing[0]}")
         return [r | {"binary": r["binary"] == 1} | {k: int(r[k]) for k in whole} for r in rows]

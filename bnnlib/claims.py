@@ -87,7 +87,8 @@ def epochs_later(limit: float, column: str = "train_error", other: str = "") -> 
 def largest_difference(first: Sequence[Run], second: Sequence[Run]) -> Values:
     """How far two histories are apart anywhere but in their times.
 
-    NaN equals NaN; anything else is infinitely far from it.
+    NaN equals NaN; anything else is infinitely far from it. A column or an epoch that only one
+    of them has is infinitely far from nothing.
     """
 
     def gap(x: float, y: float) -> float:
@@ -96,7 +97,9 @@ def largest_difference(first: Sequence[Run], second: Sequence[Run]) -> Values:
         return inf if isnan(x) or isnan(y) else abs(x - y)
 
     def apart(a: History, b: History) -> float:
-        columns = set(a.columns) & set(b.columns) - {"seconds"}
+        columns = set(a.columns) - {"seconds"}
+        if columns != set(b.columns) - {"seconds"} or len(a) != len(b):
+            return inf
         return max(gap(*xy) for c in columns for xy in zip(a[c], b[c], strict=True))
 
     return [apart(a.history, b.history) for a, b in zip(first, second, strict=True)]

@@ -7,6 +7,7 @@ import csv
 import io
 from dataclasses import dataclass, field
 from math import isnan, nan
+from numbers import Integral
 from pathlib import Path
 
 from bnnlib.errors import DamagedFile, shown, unknown_name
@@ -41,14 +42,24 @@ def _row(header: list[str], cells: list[str], line: int) -> dict[str, float]:
     if len(cells) != len(header):
         raise ValueError(f"line {line} has {len(cells)} cells, the header {len(header)}")
     try:
-        return {name: float(cell or "nan") for name, cell in zip(header, cells, strict=True)}
+        return {name: _number(cell) for name, cell in zip(header, cells, strict=True)}
     except ValueError as error:
         raise ValueError(f"line {line}: {shown(str(error))}") from None
 
 
-def _cell(value: float) -> str:
-    """Nine significant digits at most; nothing for NaN."""
-    return "" if isnan(value) else f"{value:.9g}"
+def _number(cell: str) -> float:
+    """A float, or an int where that would be another number, such as a large seed."""
+    number = float(cell or "nan")
+    return int(cell) if abs(number) >= 2**53 and cell.isdecimal() else number
+
+
+def _cell(value: float, exact: bool) -> str:
+    """All digits of a whole number; nine of another, or all if `exact`; nothing for NaN."""
+    if isinstance(value, Integral):
+        return str(int(value))
+    if isnan(value):
+        return ""
+    return repr(float(value)) if exact else f"{value:.9g}"
 
 
 @dataclass
@@ -80,12 +91,21 @@ class History:
         """The value after the last epoch; NaN where there was none."""
         return self[column][-1] if self.rows else nan
 
-    def save(self, path: str | Path) -> None:
-        """Write a CSV file with a header, whole or not at all."""
+    @property
+    def chance(self) -> float:
+        """Error of a blind guess among the classes, counted by the columns of their errors.
+
+        A history without such columns is taken to be of ten classes.
+        """
+        names = {name.rpartition("_class_")[2] for name in self.columns if "_error_class_" in name}
+        return 1 - 1 / (len(names) or 10)
+
+    def save(self, path: str | Path, exact: bool = False) -> None:
+        """Write a CSV file with a header, whole or not at all; `exact`: to the last bit."""
         with whole_or_absent(Path(path)) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.columns)
             writer.writeheader()
-            writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
+            writer.writerows({k: _cell(v, exact) for k, v in row.items()} for row in self.rows)
 
     @classmethod
     def load(cls, path: str | Path) -> "History":

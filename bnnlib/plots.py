@@ -27,7 +27,6 @@ COLOURS = {
     "third": "#cc79a7",
     "fourth": "#c99700",
 }
-CHANCE = 0.9  # error of a guess among ten classes
 
 
 def use_book_style() -> None:
@@ -104,7 +103,7 @@ def plot_errors(
         known = [(e, 100 * v) for e, v in errors if not isnan(v)]
         options = {"color": COLOURS[split], "label": f"{label} {split}".strip()} | style
         ax.plot(*zip(*known, strict=True), **options)
-    _percent_axis(ax)
+    _percent_axis(ax, history.chance)
     ax.set_xlabel("epoch")
     return ax
 
@@ -119,10 +118,13 @@ def plot_histories(
     return ax
 
 
-def plot_levels(levels: Sequence[float], errors: Mapping[str, np.ndarray], ax: Axes) -> Axes:
+def plot_levels(
+    levels: Sequence[float], errors: Mapping[str, np.ndarray], ax: Axes, chance: float = 0.9
+) -> Axes:
     """Errors (levels, seeds), as shares, against the share of random labels.
 
-    For each name a line through the means over the seeds, and a band from lowest to highest.
+    For each name a line through the means over the seeds, and a band from lowest to highest;
+    dotted, `chance`, the error of a blind guess.
     """
     x = [100 * level for level in levels]
     for name, values in errors.items():
@@ -130,14 +132,15 @@ def plot_levels(levels: Sequence[float], errors: Mapping[str, np.ndarray], ax: A
         (line,) = ax.plot(x, percent.mean(1), marker="o", label=name, color=COLOURS.get(name))
         band = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
         ax.fill_between(x, percent.min(1), percent.max(1), **band)
-    _percent_axis(ax)
+    _percent_axis(ax, chance)
     ax.set_xlabel("random labels (%)")
     return ax
 
 
-def _percent_axis(ax: Axes) -> None:
-    if not any(line.get_gid() == "chance" for line in ax.lines):
-        ax.axhline(100 * CHANCE, color=GREY, linewidth=1, linestyle=":", gid="chance")
+def _percent_axis(ax: Axes, chance: float) -> None:
+    drawn = [line.get_ydata()[0] for line in ax.lines if line.get_gid() == "chance"]
+    if 100 * chance not in drawn:
+        ax.axhline(100 * chance, color=GREY, linewidth=1, linestyle=":", gid="chance")
     ax.set(ylabel="error (%)", ylim=(-2, 102))
 
 
@@ -152,7 +155,7 @@ def plot_class_errors(
         x = np.arange(len(names)) + (k - (len(errors) - 1) / 2) * width
         heights = [100 * value for value in values]
         ax.bar(x, heights, width, label=label, color=COLOURS.get(label))
-    _percent_axis(ax)
+    _percent_axis(ax, 1 - 1 / len(names))
     ax.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 2 else 0)
     return ax
 

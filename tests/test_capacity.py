@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from math import log2
 
 import numpy as np
@@ -99,10 +100,37 @@ def test_a_grid_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert measured == TINY[2:]
     assert [row["n_train"] for row in rest] == [50, 50, 100, 100]
     for row, kept in zip(without_seconds(whole), without_seconds(rest), strict=True):
-        assert row == pytest.approx(kept, rel=1e-8)
+        assert row == kept
     assert without_seconds(load_grid(tmp_path / "half")) == without_seconds(
         load_grid(tmp_path / "whole")
     )
+
+
+def test_widths_and_seeds_that_few_digits_do_not_hold_are_known_again(tmp_path, monkeypatch):
+    grid = points(widths=(0.1 / 3,), sizes=(50,), seeds=(2**40, 2**60 + 1), steps=1)
+    first = measure_grid([*grid, grid[0]], tmp_path, device="cpu")  # one of them twice
+    assert len(first) == len(grid)
+    monkeypatch.setattr(capacity, "measure", lambda *_: pytest.fail("it was measured already"))
+    again = measure_grid(grid, tmp_path, device="cpu")
+    assert again == first
+    assert [row["seed"] for row in again] == [e.seed for e in grid]
+
+
+def test_points_that_share_their_data_are_told_apart_by_it(tmp_path):
+    (point, *_) = points(widths=(0.0625,), sizes=(50,), seeds=(0,), steps=1)
+    grid = [point, replace(point, data_seed=7)]
+    assert [row["data_seed"] for row in measure_grid(grid, tmp_path, device="cpu")] == [0, 7]
+
+
+@pytest.mark.parametrize("changed", [{"l2": 1e-3, "l2_target": "weights"}, {"corruption_seed": 1}])
+@pytest.mark.parametrize("place", [0, 2])
+def test_points_that_differ_in_more_than_a_grid_may_are_refused(place, changed, tmp_path):
+    grid = list(TINY)
+    grid[place] = replace(grid[place], **changed)
+    name = next(iter(changed))
+    with pytest.raises(InvalidValue, match=f"may differ in width, .* only; {name} is .* in the"):
+        measure_grid(grid, tmp_path / "grid", device="cpu")
+    assert not (tmp_path / "grid").exists()
 
 
 def test_a_grid_is_no_run_and_says_what_it_is(tmp_path):
@@ -163,7 +191,7 @@ def test_the_stored_grid_is_whole():
     rows = load_grid()
     about = json.loads((capacity.STORED / "grid.json").read_text())
     assert about["experiment_sha256"] == CAPACITY.digest()
-    expected = {(e.width, e.n_train, e.epochs, e.binary, e.seed) for e in points()}
+    expected = {tuple(getattr(e, name) for name in capacity.KEY) for e in points()}
     assert {tuple(row[name] for name in capacity.KEY) for row in rows} == expected
     assert len(rows) == len(expected)
     assert all(0 <= row["memorized_bits"] <= row["label_bits"] * (1 + 1e-8) for row in rows)

@@ -72,6 +72,20 @@ def test_histories_differ_by_their_largest_gap_and_not_by_their_times():
     assert largest_difference([base], [other]) == [inf]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        made(train_error=0.5),
+        made(train_error=0.5, test_error=0.9, flips_conv1=0.0),
+        made(rows=[{"epoch": 1, "train_error": 0.5, "test_error": 0.9}] * 2),
+    ],
+)
+def test_a_column_or_an_epoch_that_one_run_lacks_is_a_difference(other):
+    base = made(train_error=0.5, test_error=0.9, seconds=1.0)
+    assert largest_difference([base], [other]) == [inf]
+    assert largest_difference([other], [base]) == [inf]
+
+
 def test_the_distance_from_a_guess_is_in_standard_deviations():
     runs = [made(test_error=e) for e in (0.9, 0.96)]
     assert standard_deviations_from_a_guess(runs) == pytest.approx([0, 2])

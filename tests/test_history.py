@@ -110,3 +110,17 @@ def test_a_table_of_very_many_rows_is_refused_before_they_are_made(path, monkeyp
     monkeypatch.setattr("csv.reader", None)
     with pytest.raises(DamagedFile, match=r"history\.csv holds more than 1,000 values"):
         read_table(path)
+
+
+def test_whole_numbers_keep_every_digit_and_exact_ones_every_bit(tmp_path):
+    row = {"epoch": 1, "seed": 2**40, "larger": 2**60 + 1, "width": 1 / 3, "binary": True}
+    History([row]).save(tmp_path / "a.csv", exact=True)
+    assert read_table(tmp_path / "a.csv") == [row]
+    History([row]).save(tmp_path / "a.csv")
+    assert read_table(tmp_path / "a.csv") == [row | {"width": 0.333333333}]
+
+
+def test_chance_is_that_of_the_classes_whose_errors_were_counted():
+    columns = {f"{split}_error_class_{i}": nan for split in ("train", "test") for i in range(4)}
+    assert History([{"epoch": 1, **columns}]).chance == 0.75
+    assert History([{"epoch": 1, "train_error": 0.5}]).chance == 0.9

@@ -63,6 +63,14 @@ def test_a_second_history_gets_its_label_and_no_second_line_of_chance(ax):
     assert chance(ax) == [90]
 
 
+def test_chance_is_that_of_the_classes(ax):
+    four = History([row | {f"test_error_class_{i}": nan for i in range(4)} for row in HISTORY.rows])
+    plot_errors(four, ax)
+    plot_class_errors({"test": (0.1, 0.2)}, "ab", ax)
+    plot_levels([0, 1], {"test": [0.1, 0.8]}, ax, chance=0.8)
+    assert chance(ax) == [75, 50, 80]
+
+
 def test_a_split_that_the_history_lacks_is_refused(ax):
     with pytest.raises(InvalidValue, match="unknown history column 'valid_error'"):
         plot_errors(HISTORY, ax, splits=["valid"])
