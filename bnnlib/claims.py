@@ -281,16 +281,16 @@ def bits_per_weight(binary: bool) -> Callable[[Sequence[Row]], Values]:
     return measure
 
 
-GRID_CLAIMS = (  # they rest on the grid of `capacity`
+GRID_CLAIMS = (  # of the grid of `capacity`, whose loss, rate and steps decide the numbers, too
     Claim(
-        "Noise: a binary weight stores at most 0.833 bits of labels, at any width and set size",
+        "Noise, by the grid's recipe alone: a binary weight stores at most 0.833 bits of labels",
         ("capacity",),
         bits_per_weight(binary=True),
         each(lambda bits: bits <= 0.833),
         "bits a weight",
     ),
     Claim(
-        "Noise: some float twin stores more than 0.833 bits of labels in each weight",
+        "Noise, by the grid's recipe alone: some float twin stores over 0.833 bits of labels a weight",
         ("capacity",),
         bits_per_weight(binary=False),
         each(lambda bits: bits > 0.833),
