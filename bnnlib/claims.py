@@ -283,14 +283,14 @@ def bits_per_weight(binary: bool) -> Callable[[Sequence[Row]], Values]:
 
 GRID_CLAIMS = (  # of the grid of `capacity`, whose loss, rate and steps decide the numbers, too
     Claim(
-        "Noise, by the grid's recipe alone: a binary weight stores at most 0.833 bits of labels",
+        "Noise, by the grid's recipe: a binary weight stores at most 0.833 bits of labels",
         ("capacity",),
         bits_per_weight(binary=True),
         each(lambda bits: bits <= 0.833),
         "bits a weight",
     ),
     Claim(
-        "Noise, by the grid's recipe alone: some float twin stores over 0.833 bits of labels a weight",
+        "Noise, by the grid's recipe: some float twin stores over 0.833 bits of labels a weight",
         ("capacity",),
         bits_per_weight(binary=False),
         each(lambda bits: bits > 0.833),
