@@ -1,1 +1,3 @@
-"""What takes too long for a test: faults on purpose, at length."""
+"""What takes longer than a test: speed, and faults made on purpose."""
+
+import bnnlib  # noqa: F401 - before PyTorch, so that threads spin briefly, in every contender

@@ -60,8 +60,8 @@ class Bnnlib(Contender):
     summary = "this library, as `python -m bnnlib run` uses it"
 
     def build(self) -> None:
-        base = published(f"{self.setting.network}-random-labels")
-        e = replace(base, width=self.setting.width, batch_size=self.setting.batch_size)
+        sizes = {name: getattr(self.setting, name) for name in ("network", "width", "batch_size")}
+        e = replace(published("cifar10-random-labels"), **sizes)
         device = torch.device(self.setting.device)
         self.model = build_model(e, device, uses_half("auto", device))
         self.optimizer = BinaryAdam(parameter_groups(self.model), lr=LEARNING_RATE)

@@ -27,13 +27,18 @@ def turns(crew: Crew, rounds: int) -> dict[str, list[Any]]:
     names = list(crew.workers)
     answers: dict[str, list[Any]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, number):
             answer = crew.workers[name].ask("measure" if name == LIMIT else "epoch")
             time.sleep(PAUSE)
             if number:
                 answers[name].append(answer)
     return answers
+
+
+def rotated(names: list, number: int) -> list:
+    """The names in the order of a round: who begins changes."""
+    first = number % len(names)
+    return names[first:] + names[:first]
 
 
 def compare(setting: Setting, rounds: int) -> tuple[list[Row], Row, dict[str, Row]]:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -53,7 +53,8 @@ class Worker:
     It is in a process group of its own, so Ctrl-C reaches the benchmark alone, which then ends it.
     """
 
-    def __init__(self, name: str, setting: Setting):
+    def __init__(self, name: str, setting: Setting, environment: Mapping[str, str] | None = None):
+        """`environment`: variables in addition to those of this process."""
         check_name("contender", name, SUBJECTS)
         self.name, self.errors = name, TemporaryFile()  # noqa: SIM115 - `close` closes it
         self.process = subprocess.Popen(
@@ -63,6 +64,7 @@ class Worker:
             stderr=self.errors,
             text=True,
             cwd=REPOSITORY,
+            env=os.environ | (environment or {}),
             start_new_session=True,
         )
 

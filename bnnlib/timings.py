@@ -1,40 +1,114 @@
-"""How fast training is: the last kept run of `python -m benchmarks.training`, and its figures.
+"""How fast training is: steps timed on this machine, and the benchmarks' last kept runs.
 
-In: `benchmarks/results/training.json`. Out: rows for tables, axes drawn on. Next file:
-`chapters.py`.
+In: experiments; `training.json` and `contention.json` in `benchmarks/results`. Out: rows for
+tables, axes drawn on. Next file: `chapters.py`.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bnnlib.assembly import build_model
+from bnnlib.batches import Batches
+from bnnlib.catalogue import Experiment
+from bnnlib.data import load
 from bnnlib.errors import DamagedFile
 from bnnlib.files import read_json
 from bnnlib.folders import RESULTS
+from bnnlib.memory import keep_freed_memory
+from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.plots import COLOURS, GREY, use_book_style
+from bnnlib.train import Position, training_step
 
 STORED = RESULTS.parent / "benchmarks" / "results" / "training.json"
+CONTENTION = STORED.with_name("contention.json")
 LISTS = ("speeds", "limits", "memory", "growth", "startup")
 QUARTILES = ("low", "median", "high")
 Row = dict[str, Any]
 
+# ------------------------------------------------------------------------- on this machine
 
-def load_timings(path: str | Path = STORED) -> Row:
-    """What the benchmark wrote: its machine, versions and date, and lists of rows.
+QUIET = 0.9  # of the time; a process that has a core for less of it shares the machine
+
+
+class Pace(NamedTuple):
+    """How long a training step takes: medians over the rounds."""
+
+    seconds: float
+    share: float  # of that time, in which the process had a core
+
+
+def time_steps(
+    experiments: Mapping[str, Experiment], rounds: int = 5, steps: Mapping[str, int] | None = None
+) -> dict[str, Pace]:
+    """The pace of each experiment, on drawn images, on this processor.
+
+    They take turns: in each round every one trains one step, or `steps[name]` of them, so that a
+    slow moment of the machine slows all. A first round, which allocates, is not counted.
+    """
+    keep_freed_memory()  # as a run does
+    turns = {name: _turn(e, (steps or {}).get(name, 1)) for name, e in experiments.items()}
+    taken = [{name: turn() for name, turn in turns.items()} for _ in range(rounds + 1)][1:]
+    rounds_of = {name: [of_round[name] for of_round in taken] for name in turns}
+    return {
+        name: Pace(median(pace.seconds for pace in own), median(pace.share for pace in own))
+        for name, own in rounds_of.items()
+    }
+
+
+def how_quiet(paces: Mapping[str, Pace]) -> str:
+    """What these times are worth, in one sentence."""
+    share = min(pace.share for pace in paces.values())
+    if share >= QUIET:
+        return f"The machine was quiet: this process had a core for {share:.0%} of the time."
+    return (
+        "The machine was too busy to tell: this process had a core for only "
+        f"{share:.0%} of the time, so the times are too long."
+    )
+
+
+def _turn(e: Experiment, steps: int) -> Callable[[], Pace]:
+    """A function that trains so many steps, and tells how long one of them took."""
+    model = build_model(e)
+    data = load("patterns" if e.network == "dense" else "shapes", "train", n=steps * e.batch_size)
+    position, order = Position(), torch.Generator().manual_seed(0)
+    optimizer = BinaryAdam(parameter_groups(model), lr=e.lr_start)
+    step = training_step(model, optimizer, Batches(data, e.batch_size), position)
+
+    def turn() -> Pace:
+        position.begin_epoch(step, order)
+        clock, core = time.perf_counter(), time.thread_time()
+        for _ in range(steps):
+            step()
+            position.done += 1
+        clock, core = time.perf_counter() - clock, time.thread_time() - core
+        position.end_epoch({})
+        return Pace(clock / steps, core / clock)
+
+    return turn
+
+
+# ------------------------------------------------------------------------ kept in the project
+
+
+def load_timings(path: str | Path = STORED, lists: Sequence[str] = LISTS) -> Row:
+    """What a benchmark wrote: its machine, versions and date, and lists of rows.
 
     "speeds" has a row for each network and contender, "limits" the machine's own limit for each
     network, "memory" a row for each contender, "growth" one for each point and contender,
-    "startup" the seconds of each program.
-    Raises DamagedFile for anything else.
+    "startup" the seconds of each program. Those of `benchmarks.contention` have the one list
+    "contention". Raises DamagedFile for a file without these lists.
     """
     results = read_json(path)
-    for name in LISTS:
+    for name in lists:
         rows = results.get(name)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise DamagedFile(f"{path} is no result of the benchmark: it has no list {name!r}")
@@ -61,6 +135,22 @@ def speed_table(results: Mapping[str, Any]) -> list[Row]:
 def _spread(quartiles: Mapping[str, float]) -> str:
     low, middle, high = (f"{quartiles[name]:,.1f}" for name in QUARTILES)
     return f"{middle}\N{NO-BREAK SPACE}({low}–{high})"
+
+
+def contention_table(results: Mapping[str, Any]) -> list[Row]:
+    """One row for each network, number of threads and spin: milliseconds of a step, as text."""
+    return [
+        {
+            "network": f"{row['network']} × {row['width']:g}",
+            "threads": row["threads"],
+            "spin": f"{row['spin']:,}" if row["threads"] > 1 else "",
+            "ms alone": _spread(row["alone"]),
+            "to the default": f"{row['alone_to_library']['median']:.2f}",
+            "ms beside a busy process": _spread(row["beside"]),
+            "beside to alone": f"{row['beside_to_alone']['median']:.1f}",
+        }
+        for row in results["contention"]
+    ]
 
 
 def networks(results: Mapping[str, Any]) -> list[tuple[str, float]]:

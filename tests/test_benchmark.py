@@ -1,15 +1,18 @@
 """The benchmark's contenders compute the same, and its harness reckons and reports rightly."""
 
+import json
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod, sqrt
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import rounds, startup, training
+from benchmarks import contention, rounds, startup, training
 from benchmarks.contenders import Bnnlib, FloatTwin, TunedFloatTwin
 from benchmarks.limits import Limits, convolution_gradient
 from benchmarks.naive import CopyingAdam, NaiveBnn
@@ -18,10 +21,11 @@ from benchmarks.settings import Setting, made_up, shapes, training_flops
 from benchmarks.workers import LIMIT, Crew, Subject, WorkerDied, peak_memory, prepare, working
 from bnnlib.__main__ import main
 from bnnlib.errors import InvalidValue
+from bnnlib.files import write_json
 from bnnlib.folders import load_run
 from bnnlib.models import binarynet, count_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.timings import load_timings
+from bnnlib.timings import contention_table, load_timings
 
 OURS = {
     "bnnlib": Bnnlib,
@@ -234,6 +238,93 @@ def working_here(names, setting):
     yield Crew({name: Here(name, setting) for name in about}, about)
 
 
+# ------------------------------------------------------------------------------- contention
+
+
+def test_the_neighbour_computes_inside_the_block_only():
+    neighbour = contention.Neighbour()
+    process = psutil.Process(neighbour.process.pid)
+
+    def soon(happens):
+        deadline = time.monotonic() + 30
+        while not happens() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return happens()
+
+    try:
+        with neighbour.busy():
+            before = process.cpu_times().user
+            assert soon(lambda: process.cpu_times().user > before)
+        assert soon(lambda: process.status() == psutil.STATUS_STOPPED)
+    finally:
+        neighbour.close()
+    assert not process.is_running()
+
+
+def test_each_way_has_its_threads_and_its_spin():
+    worker = contention.Way(1, 77).start(TINY)
+    try:
+        worker.about()
+        process = psutil.Process(worker.process.pid)
+        assert process.environ()["GOMP_SPINCOUNT"] == "77"
+        assert json.loads(process.cmdline()[-1])["threads"] == 1
+    finally:
+        worker.close()
+
+
+class Clock:
+    """A worker whose step takes a known time, and longer beside the neighbour."""
+
+    def __init__(self, way, neighbour):
+        self.way, self.neighbour = way, neighbour
+
+    def about(self):
+        return {}
+
+    def ask(self, what):
+        assert what == "epoch"
+        slower = 1 + self.way.spin if self.neighbour.is_busy and self.way.threads == 2 else 1
+        return TINY.steps * 0.001 * (3 - self.way.threads) * slower
+
+    def close(self):
+        self.neighbour.closed += 1
+
+
+class Quiet:
+    """A neighbour that only says whether it would compute."""
+
+    def __init__(self):
+        self.is_busy, self.closed = False, 0
+
+    @contextmanager
+    def busy(self):
+        self.is_busy = True
+        yield
+        self.is_busy = False
+
+    def close(self):
+        self.closed += 1
+
+
+def test_contention_is_told_by_threads_and_spin(monkeypatch, tmp_path):
+    quiet = Quiet()
+    monkeypatch.setattr(contention, "PAUSE", 0)
+    monkeypatch.setattr(contention, "Neighbour", lambda: quiet)
+    monkeypatch.setattr(contention.Way, "start", lambda way, setting: Clock(way, quiet))
+    results = contention.run([TINY], spins=(9, 0), rounds=2)
+    assert quiet.closed == 4  # three workers and the neighbour
+    found = [
+        (row["threads"], row["spin"], row["alone"]["median"], row["beside"]["median"])
+        for row in results["contention"]
+    ]
+    ours = contention.OURS
+    assert found == [pytest.approx(row) for row in ((2, 9, 1, 10), (2, 0, 1, 1), (1, ours, 2, 2))]
+    write_json(tmp_path / "contention.json", results)
+    table = contention_table(load_timings(tmp_path / "contention.json", ["contention"]))
+    assert [row["beside to alone"] for row in table] == ["10.0", "1.0", "1.0"]
+    assert [row["to the default"] for row in table] == ["1.00", "1.00", "2.00"]
+
+
 def test_a_whole_benchmark_is_written_and_read(monkeypatch, tmp_path, capsys):
     small = replace(TINY, test_images=10)
     plan = training.Plan(
@@ -330,7 +421,7 @@ def test_a_missing_library_is_skipped_and_a_dead_worker_is_named(monkeypatch, tm
 def test_a_worker_that_cannot_be_built_says_why():
     wrong = replace(TINY, network="svnh")
     with (
-        pytest.raises(WorkerDied, match=r"bnnlib: .*'svnh-random-labels'"),
+        pytest.raises(WorkerDied, match=r"bnnlib: .*'svnh'; did you mean 'svhn'"),
         working(["bnnlib"], wrong),
     ):
         pass

@@ -1,19 +1,25 @@
 """What the benchmark left is read as it was written, and drawn."""
 
 import json
+import re
 
 import matplotlib.pyplot as plt
 import pytest
 
+from bnnlib import timings
 from bnnlib.errors import BnnlibError
+from bnnlib.experiments import named, published, smoke
 from bnnlib.timings import (
+    Pace,
     draw,
+    how_quiet,
     load_timings,
     networks,
     plot_growth,
     plot_memory,
     plot_speeds,
     speed_table,
+    time_steps,
 )
 
 
@@ -56,6 +62,34 @@ def ax():
     _, ax = plt.subplots()
     yield ax
     plt.close("all")
+
+
+def test_every_experiment_trains_on_images_of_its_size():
+    pair = {"digits": smoke(published("svhn-random-labels")), "patterns": smoke(named("capacity"))}
+    paces = time_steps(pair, rounds=1, steps={"patterns": 2})
+    assert list(paces) == list(pair)
+    assert all(pace.seconds > 0 and 0 < pace.share <= 1.1 for pace in paces.values())
+
+
+def test_experiments_take_turns_and_the_median_round_counts(monkeypatch):
+    log, taken = [], {"a": iter([9, 1, 5, 2]), "b": iter([9, 4, 4, 7])}
+
+    def turn(name, steps):
+        def record():
+            log.append(name * steps)
+            return Pace(next(taken[name]), 1.0)
+
+        return record
+
+    monkeypatch.setattr(timings, "_turn", turn)
+    paces = time_steps({"first": "a", "second": "b"}, rounds=3, steps={"second": 2})
+    assert log == ["a", "bb"] * 4
+    assert [pace.seconds for pace in paces.values()] == [2, 4]
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.9, "quiet: .* for 90%"), (0.4, "busy to .* 40%")])
+def test_the_least_share_of_a_core_says_what_the_times_are_worth(share, text):
+    assert re.search(text, how_quiet({"a": Pace(1.0, 0.99), "b": Pace(2.0, share)}))
 
 
 def test_the_table_has_a_row_for_each_contender(results):
