@@ -3,6 +3,7 @@
 In: an `Experiment`. Out: image sets, a network and a device. Next file: `memory.py`.
 """
 
+import re
 import zlib
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from torch import nn
 from bnnlib.catalogue import Experiment
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
 from bnnlib.data import DRAWN, ImageSet, load
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import InvalidValue, unknown_name
 from bnnlib.layers import seed_layers
 from bnnlib.models import ARCHITECTURES, binarynet
 from bnnlib.precision import use_half
 from bnnlib.tensors import Form, forms
+
+DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -27,15 +30,20 @@ def stream(seed: int, purpose: str) -> int:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """A CUDA device where there is one, else the CPU, for "auto"; other names are PyTorch's."""
+    """The device "cpu", "cuda" or "cuda:N"; "auto" is CUDA's where there is one, else the CPU.
+
+    Raises InvalidValue for another name and for a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch("(cpu|cuda)(:[0-9]+)?", name):
+        raise unknown_name("device", name, DEVICES)
     try:
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise RuntimeError("PyTorch finds no CUDA here; use 'cpu'")
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("bnnlib runs on 'cpu' and 'cuda'")
         torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InvalidValue(f"device {name!r} cannot be used here: {reason}") from error
     return device

@@ -71,10 +71,31 @@ def test_streams_differ_by_seed_and_purpose_and_fit_a_generator():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-@pytest.mark.parametrize("name", ["cud", "cpux", "meta"])
-def test_a_device_that_is_not_here_is_refused(name):
-    with pytest.raises(InvalidValue, match=f"device '{name}' cannot be used here"):
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("cud", "cuda"), ("cpux", "cpu"), ("tpu", "cpu"), ("cuda:x", "cuda:N")]
+)
+def test_a_device_that_bnnlib_cannot_use_is_refused_with_those_it_can(name, nearest):
+    with pytest.raises(InvalidValue) as caught:
         resolve_device(name)
+    assert str(caught.value) == (
+        f"unknown device '{name}'; did you mean '{nearest}'? (allowed: auto, cpu, cuda, cuda:N)"
+    )
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:", "cpu:0 ", "CPU", ""])
+def test_other_devices_of_pytorch_and_other_spellings_are_refused(name):
+    with pytest.raises(InvalidValue, match=f"unknown device '{name}'"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_where_there_is_no_gpu_that_is_said(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidValue) as caught:
+        resolve_device(name)
+    assert str(caught.value) == (
+        f"device '{name}' cannot be used here: PyTorch finds no CUDA here; use 'cpu'"
+    )
 
 
 def test_device_auto_is_one_that_works():
