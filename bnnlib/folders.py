@@ -36,7 +36,9 @@ from bnnlib.npz import read_npz
 from bnnlib.runs import Run, parameter_hash
 from bnnlib.tensors import read_tensors
 
-RESULTS = Path(__file__).parents[1] / "results"  # histories of long runs, in the repository
+# Histories of long runs: in an installed bnnlib within the package, in the repository beside it.
+_WITHIN = Path(__file__).parent / "results"
+RESULTS = _WITHIN if _WITHIN.is_dir() else Path(__file__).parents[1] / "results"
 FORMAT = 1  # of a folder; raised when an older bnnlib could misread a newer one
 RECORD, HISTORY, LABELS = "experiment.json", "history.csv", "labels.npz"
 PARAMETERS = "parameters.safetensors"
@@ -276,7 +278,12 @@ def _load_labels(path: Path, record: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def stored_runs(name: str | None = None, root: str | Path = RESULTS) -> list[Run]:
-    """The finished runs under `root`, sorted by folder; only those of one experiment if named."""
+    """The finished runs under `root`, sorted by folder; only those of one experiment if named.
+
+    Raises DataNotFound where there is no such folder.
+    """
+    if not os.path.isdir(root):
+        raise DataNotFound(f"no folder {Path(root).absolute()} to look for stored runs in")
     folders = sorted(path.parent for path in Path(root).rglob("experiment.json"))
     runs = [load_run(folder) for folder in folders if is_finished(folder)]
     return [r for r in runs if name in (None, r.experiment.name)]

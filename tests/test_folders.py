@@ -111,7 +111,12 @@ def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder,
     assert [r.folder for r in stored_runs(root=root)] == [folder]
     assert len(stored_runs("capacity", root)) == 1
     assert stored_runs("cifar10-dropout", root) == []
-    assert stored_runs(root=root / "nowhere") == []
+
+
+def test_a_folder_of_stored_runs_that_is_not_there_is_named(tmp_path):
+    assert stored_runs(root=tmp_path) == []
+    with pytest.raises(DataNotFound, match=f"no folder {tmp_path / 'nowhere'} to look for"):
+        stored_runs(root=tmp_path / "nowhere")
 
 
 def test_a_run_of_an_earlier_version_has_no_format_and_fewer_hashes(folder):

@@ -1,0 +1,63 @@
+"""What is installed elsewhere holds what the book shows of long runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnnlib.experiments import stored_runs
+from bnnlib.timings import load_timings
+
+PROJECT = Path(__file__).parents[1]
+LOOK = """
+import json
+from bnnlib import capacity, claims, folders, timings
+print(json.dumps({
+    "root": str(folders.RESULTS),
+    "runs": [run.experiment.digest() for run in folders.stored_runs()],
+    "timings": timings.load_timings(),
+    "reliability": len(claims.reliability()),
+    "capacity": sorted(path.name for path in capacity.STORED.iterdir()),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with what setuptools puts into a wheel."""
+    pytest.importorskip("setuptools")
+    copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("installed")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, copy)
+    for name in ("bnnlib", "results", "benchmarks"):
+        shutil.copytree(PROJECT / name, copy / name)
+    build = "import setuptools; setuptools.setup()"
+    command = [sys.executable, "-c", build, "-q", "build_py", "--build-lib", str(target)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    return target
+
+
+def test_an_installed_bnnlib_has_the_stored_runs_and_timings(installed, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(installed)!r})\n{LOOK}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["root"] == str(installed / "bnnlib" / "results")
+    assert found["runs"] == [kept.experiment.digest() for kept in stored_runs()]
+    assert found["timings"] == load_timings()
+    assert found["reliability"] > 0
+    assert found["capacity"] == ["grid.csv", "grid.json"]
+
+
+def test_every_stored_file_but_a_picture_is_installed(installed):
+    for name in ("results", "benchmarks/results"):
+        there, packed = (
+            {path.relative_to(root / name) for path in (root / name).rglob("*.[!p]*")}
+            for root in (PROJECT, installed / "bnnlib")
+        )
+        assert packed == there
