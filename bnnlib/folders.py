@@ -98,6 +98,7 @@ _RECORD_FORMS: dict[str, Callable[[Any], bool]] = {
     "device": _is_text,
     "threads": is_count,
     "started": _is_text,
+    "trained_on": _is_text,
     "images": _maps_splits_to(lambda value: is_count(value) and value > 0),
     "corruptions": _maps_splits_to(_lists(_is_text)),
     "image_sha256": _maps_splits_to(_is_text),
@@ -107,7 +108,8 @@ _RECORD_FORMS: dict[str, Callable[[Any], bool]] = {
     "history_sha256": _is_text,
     "seconds": is_time,
 }
-_LATER = ("continued", "parameter_sha256", "history_sha256", "seconds")  # than the beginning
+# What comes only later than the beginning, or came only with a later bnnlib.
+_LATER = ("continued", "parameter_sha256", "history_sha256", "seconds", "trained_on")
 
 
 def check_folder(folder: Path, experiment: Experiment) -> None:
@@ -151,7 +153,10 @@ def check_same(folder: Path, there: Experiment, asked: Experiment) -> None:
         if found[field] != wanted[field]
     ]
     if differing:
-        raise InvalidValue(f"{folder} holds another experiment: {', '.join(differing)}")
+        raise InvalidValue(
+            f"{folder} holds another experiment: {', '.join(differing)}; choose another folder "
+            "(--out FOLDER, or out=)"
+        )
 
 
 def begin_folder(folder: Path, experiment: Experiment, record: dict, labels: dict) -> None:

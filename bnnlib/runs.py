@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import bnnlib
-from bnnlib.catalogue import PROFILES, Experiment, at_profile
-from bnnlib.data import ImageSet
+from bnnlib.catalogue import PROFILES, PUBLISHED, Experiment, at_profile
+from bnnlib.data import DRAWN, ImageSet
 from bnnlib.history import History
-from bnnlib.variants import named
+from bnnlib.variants import VARIANTS, named
 
 
 @dataclass
@@ -46,11 +46,35 @@ def describe(
     return {
         "experiment_sha256": e.digest(),
         **environment(device, half),
+        "trained_on": trained_on(e, len(sets["train"])),
         "images": {split: len(data) for split, data in sets.items()},
         "corruptions": {split: list(data.provenance) for split, data in sets.items()},
         "image_sha256": {split: data.image_hash() for split, data in sets.items()},
         "label_sha256": {split: data.label_hash() for split, data in sets.items()},
     }
+
+
+def trained_on(e: Experiment, images: int) -> str:
+    """Data and network in one line, for a reader who would believe the experiment's name."""
+    known = {**PUBLISHED, **VARIANTS}
+    meant = known[e.name].dataset if e.name in known else e.dataset
+    notes = ["drawn"] * (e.dataset in DRAWN) + [f"in place of {meant}"] * (meant != e.dataset)
+    note = f" ({', '.join(notes)})" if notes else ""
+    said = [f"{counted(images, 'image')} of {Path(e.dataset).name}{note}"]
+    if e.gaussian_variance and "train" in e.gaussian_splits:
+        said.append("replaced by Gaussian noise")
+    if e.pixels != "kept":
+        said.append(f"pixels {e.pixels}")
+    share = e.random_labels if "train" in e.random_label_splits else 0
+    some = f"{100 * share:g} % of the labels random"
+    said.append({0: "their own labels", 1: "random labels"}.get(share, some))
+    twin = "" if e.binary else ", full precision"
+    return f"{', '.join(said)}; network {e.network}, width {e.width:g}{twin}"
+
+
+def counted(n: int, thing: str) -> str:
+    """`counted(1, "image")` is '1 image', `counted(2000, "image")` is '2,000 images'."""
+    return f"{n:,} {thing}{'s' * (n != 1)}"
 
 
 def environment(device: torch.device, half: bool = False) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from math import nan
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bnnlib.batches import Batches
+from bnnlib.catalogue import PROFILES, Experiment, at_profile, quick, reduced
 from bnnlib.errors import CannotWrite, DamagedFile, DataNotFound, FolderInUse, InvalidValue
 from bnnlib.experiments import (
+    as_scored,
     build_model,
     evaluate_run,
     is_finished,
@@ -20,14 +23,17 @@ from bnnlib.experiments import (
     run,
     smoke,
     sparingly,
+    stored_runs,
     stream,
     summary,
 )
 from bnnlib.history import History
-from bnnlib.layers import binary_layers
+from bnnlib.layers import binarize_parameters_, binary_layers
+from bnnlib.losses import error_rate
 from bnnlib.models import penalized_parameters
 from bnnlib.probes import EVALUATION_MODES, PROBES
-from bnnlib.train import EvaluationMode, evaluate
+from bnnlib.runs import trained_on
+from bnnlib.train import EVALUATION_BATCH, EvaluationMode, evaluate
 
 BASE = smoke(published("svhn-random-labels"))
 LAYERS = ("conv1", "conv2", "dense3", "dense4", "dense5")  # of the network "small"
@@ -130,6 +136,91 @@ def test_errors_are_those_of_the_evaluation_asked_for():
     assert found != evaluate(finished.model, batches, EvaluationMode("deterministic")).error
 
 
+# ---------------------------------------------------------------------------- what it says
+
+
+GAUSSIAN = smoke(published("cifar10-gaussian-inputs"))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "images", "text"),
+    [
+        (
+            BASE,
+            100,
+            "100 images of glyphs (drawn, in place of svhn), random labels; "
+            "network small, width 0.125",
+        ),
+        (
+            published("cifar10-random-labels"),
+            45_000,
+            "45,000 images of cifar10, random labels; network cifar10, width 1",
+        ),
+        (
+            reduced(named("svhn-float-true-labels")),
+            881,
+            "881 images of svhn_exact_subset.npz (in place of svhn), their own labels; "
+            "network svhn, width 0.5, full precision",
+        ),
+        (
+            replace(BASE, name="mine", dataset="/some/where/mine.npz", random_labels=0.125),
+            1,
+            "1 image of mine.npz, 12.5 % of the labels random; network small, width 0.125",
+        ),
+        (
+            GAUSSIAN,
+            100,
+            "100 images of shapes (drawn, in place of cifar10), replaced by Gaussian noise, "
+            "their own labels; network small, width 0.125",
+        ),
+        (
+            replace(
+                GAUSSIAN,
+                gaussian_splits=("test",),
+                pixels="shuffled",
+                random_labels=0.5,
+                random_label_splits=("test",),
+            ),
+            100,
+            "100 images of shapes (drawn, in place of cifar10), pixels shuffled, "
+            "their own labels; network small, width 0.125",
+        ),
+        (
+            named("capacity"),
+            2000,
+            "2,000 images of patterns (drawn), their own labels; network dense, width 1",
+        ),
+    ],
+)
+def test_data_and_network_are_told_as_they_are(experiment, images, text):
+    assert trained_on(experiment, images) == text
+
+
+def test_a_run_says_what_it_trains_on_where_it_goes_on_too(finished, tmp_path, capsys):
+    run(replace(BASE, epochs=1), tmp_path / "out", device="cpu", progress="lines")
+    about, epoch = capsys.readouterr().err.splitlines()
+    device = finished.record["device"]
+    assert about == (
+        "svhn-random-labels: 100 images of glyphs (drawn, in place of svhn), random labels; "
+        f"network small, width 0.125; 1 epoch on {device}, 1 thread; in {tmp_path / 'out'}"
+    )
+    assert epoch.startswith("epoch 1/1")
+    assert load_run(tmp_path / "out").record["trained_on"] in about
+    run(replace(EVALUATION, run_folder=str(tmp_path / "out")), device="cpu", progress="lines")
+    (about,) = capsys.readouterr().err.splitlines()
+    assert about == (
+        "svhn-evaluation: 100 images of glyphs (drawn, in place of svhn), random labels; network "
+        f"small, width 0.125; {tmp_path / 'out'} is scored, at most 7,000 rows, on {device}, "
+        "1 thread"
+    )
+
+
+def test_a_run_whose_progress_is_not_wanted_says_nothing(tmp_path, capsys):
+    quietly(replace(BASE, epochs=1), tmp_path / "out")
+    quietly(replace(EVALUATION, run_folder=str(tmp_path / "out")))
+    assert capsys.readouterr().err == ""
+
+
 # ----------------------------------------------------------------------------- run and folder
 
 
@@ -172,6 +263,8 @@ def test_a_file_in_the_place_of_the_folder_or_above_it_is_refused(tmp_path):
         ((BASE, None, "cpu", nan), "checkpoint_every must be 0 seconds or more, got nan"),
         ((BASE, None, "cpu", "5"), "checkpoint_every must be 0 seconds or more, got '5'"),
         ((BASE, 3), "out must be the path of a folder, got 3"),
+        ((BASE, ""), "out must be the path of a folder, got ''"),
+        ((BASE, None, "cpu", 0, ""), "root must be the path of a folder, got ''"),
         ((BASE, None, None), "device must be text, such as 'cpu', got None"),
         ((BASE, None, "cpu", -1), "checkpoint_every must be 0 seconds or more, got -1"),
         ((BASE, "a\0b"), "is no name for a folder"),
@@ -179,7 +272,7 @@ def test_a_file_in_the_place_of_the_folder_or_above_it_is_refused(tmp_path):
 )
 def test_what_run_cannot_take_is_named_before_any_work(arguments, text, monkeypatch):
     monkeypatch.setattr("bnnlib.experiments._training", None)
-    names = ("experiment", "out", "device", "checkpoint_every")
+    names = ("experiment", "out", "device", "checkpoint_every", "root")
     with pytest.raises(InvalidValue, match=text):
         run(**dict(zip(names, arguments, strict=False)), progress="none")
 
@@ -324,9 +417,9 @@ def test_the_evaluation_is_an_experiment_too(finished, tmp_path):
 
 
 def test_an_evaluation_replaces_no_run_that_ended_meanwhile(finished, tmp_path, monkeypatch):
-    def slowly(*arguments):
+    def slowly(*arguments, **options):
         quietly(BASE, tmp_path / "out")  # by somebody else
-        return evaluate_run(*arguments)
+        return evaluate_run(*arguments, **options)
 
     monkeypatch.setattr("bnnlib.experiments.evaluate_run", slowly)
     with pytest.raises(InvalidValue, match="holds another experiment"):
@@ -351,3 +444,150 @@ def test_the_evaluation_takes_a_run_of_any_experiment_and_tests_its_signs(name, 
     assert result.record["experiment_sha256"] == result.experiment.digest()
     assert result.record["parameter_sha256"] == source.record["parameter_sha256"]
     assert np.isnan(summary(result)["test error (%)"])
+
+
+# ------------------------------------------------------------ an evaluation says what it scored
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A run of another data set, width and dropout than the evaluation's."""
+    e = replace(smoke(published("cifar10-dropout")), width=0.0625, seed=3)
+    return quietly(e, tmp_path_factory.mktemp("other") / "run")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_evaluation_of_its_own_run_is_the_experiment_it_always_was(profile):
+    names = ("svhn-random-labels", "svhn-evaluation")
+    source, asked = (at_profile(published(name), profile) for name in names)
+    seeds = {"seed": 5, "corruption_seed": 6, "data_seed": 7}
+    asked = replace(asked, run_folder="runs/x", **seeds)
+    assert as_scored(asked, replace(source, **seeds)) == asked
+    assert as_scored(replace(asked, seed=0), replace(source, **seeds)) == asked
+
+
+def test_the_stored_evaluations_are_those_of_the_stored_runs():
+    evaluations, sources = stored_runs("svhn-evaluation"), stored_runs("svhn-random-labels")
+    assert len(evaluations) == 3
+    for evaluation, source in zip(evaluations, sources, strict=True):
+        scored = as_scored(evaluation.experiment, source.experiment)
+        assert scored.digest() == evaluation.record["experiment_sha256"]
+
+
+def test_an_evaluation_has_the_settings_of_the_run_that_it_scored(other, tmp_path):
+    asked = replace(EVALUATION, run_folder=str(other.folder), evaluation_rows=60)
+    result = quietly(asked, tmp_path / "out")
+    own = {"name": asked.name, "summary": asked.summary, "script": asked.script, "epochs": 0}
+    own |= {"evaluates": asked.evaluates, "evaluation_rows": 60, "run_folder": asked.run_folder}
+    assert asdict(result.experiment) == asdict(other.experiment) | own
+    assert result.record["trained_on"] == other.record["trained_on"]
+    row = summary(load_run(tmp_path / "out"))
+    assert (row["data"], row["width"], row["seed"]) == ("shapes", 0.0625, 3)
+
+
+def test_a_finished_evaluation_is_read_even_where_its_run_is_gone(finished, tmp_path):
+    source = shutil.copytree(finished.folder, tmp_path / "source")
+    asked = replace(quick(published("svhn-evaluation")), run_folder=str(source))
+    first = quietly(asked, tmp_path / "out")
+    before = content(tmp_path / "out")
+    shutil.rmtree(source)
+    assert quietly(asked, tmp_path / "out").experiment == first.experiment
+    assert content(tmp_path / "out") == before
+    for changes, text in (
+        ({"evaluation_rows": 5}, r"holds another experiment: evaluation_rows \(7000 there, 5"),
+        ({"width": 0.5}, "so width can only be 0.125, got 0.5"),
+    ):
+        with pytest.raises(InvalidValue, match=text):
+            quietly(replace(asked, **changes), tmp_path / "out")
+    with pytest.raises(DataNotFound, match="source holds no run"):
+        quietly(asked, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"width": 0.75}, "width can only be 0.0625, got 0.75"),
+        ({"weights": "stochastic"}, "weights can only be 'deterministic', got 'stochastic'"),
+        ({"seed": 1}, "seed can only be 3, got 1"),
+        ({"epochs": 5}, "epochs can only be 0, got 5"),
+        (
+            {"l2": 0.5, "dataset": "mine.npz"},
+            "dataset can only be 'shapes', got 'mine.npz', and l2 can only be 0.0, got 0.5",
+        ),
+    ],
+)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_the_scored_run_has_not_is_refused_by_name(profile, changes, refused, other, tmp_path):
+    asked = replace(at_profile(published("svhn-evaluation"), profile), run_folder=str(other.folder))
+    with pytest.raises(InvalidValue) as caught:
+        quietly(replace(asked, **changes), tmp_path / "out")
+    assert str(caught.value) == (
+        f"svhn-evaluation trains nothing and scores the run in {other.folder} as it was trained, "
+        f"so {refused}"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_scored_run_has_may_be_asked_for(other):
+    asked = replace(EVALUATION, run_folder=str(other.folder))
+    chosen = {"width": 0.0625, "seed": 3, "dropout": (0.5, 0.5), "dataset": "shapes"}
+    assert quietly(replace(asked, **chosen)).experiment == quietly(asked).experiment
+
+
+def test_an_evaluation_of_ones_own_name_asks_for_all_that_it_states(finished):
+    own = Experiment(
+        name="mine",
+        summary="my own",
+        dataset="glyphs",
+        network="small",
+        epochs=0,
+        lr_final=0.0,
+        schedule="linear",
+        evaluates="svhn-random-labels",
+        run_folder=str(finished.folder),
+    )
+    result = quietly(own)
+    assert (result.experiment.name, result.experiment.width) == ("mine", 0.125)
+    with pytest.raises(InvalidValue, match="dataset can only be 'glyphs', got 'shapes'"):
+        quietly(replace(own, dataset="shapes"))
+
+
+def test_an_evaluation_obeys_device_precision_and_download(finished, monkeypatch):
+    seen = {}
+
+    def watched(model, batches, mode):
+        seen["model"], seen["device"] = model, batches.labels.device
+        return evaluate(model, batches, mode)
+
+    def prepared(experiment, root, download):
+        seen["download"] = download
+        return prepare_data(experiment)
+
+    monkeypatch.setattr("bnnlib.experiments.evaluate", watched)
+    monkeypatch.setattr("bnnlib.experiments.prepare_data", prepared)
+    asked = replace(EVALUATION, run_folder=str(finished.folder))
+    result = run(asked, device="cpu", progress="none", precision="half", download=True)
+    assert [layer.precision for layer in binary_layers(seen["model"])] == ["float32"] + ["half"] * 4
+    assert result.record["device"] == finished.record["device"] + ", half precision"
+    assert result.history["train_error"] == finished.history["train_error"][-1:]
+    assert seen["download"] is True
+    parameter = next(seen["model"].parameters())
+    assert parameter.device == seen["device"] == torch.device("cpu")
+
+
+def test_rows_are_evaluated_in_batches_as_they_would_be_in_one(finished):
+    sizes = []
+    hook = register_module_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0])) if hasattr(module, "dense5") else None
+    )
+    try:
+        error = evaluate_run(finished)
+    finally:
+        hook.remove()
+    assert max(sizes) <= EVALUATION_BATCH["cpu"] < sum(sizes) == 100
+    data = prepare_data(finished.experiment)["train"]
+    x, labels = next(Batches(data, 100).in_order())
+    model = build_model(finished.experiment)
+    model.load_state_dict(finished.model.state_dict())
+    with torch.no_grad():
+        assert error == error_rate(binarize_parameters_(model).eval()(x), labels)

@@ -120,7 +120,7 @@ def test_a_folder_of_stored_runs_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_run_of_an_earlier_version_has_no_format_and_fewer_hashes(folder):
-    edit(folder, format=None, history_sha256=None)
+    edit(folder, format=None, history_sha256=None, trained_on=None)
     assert load_run(folder).record.keys() == json.loads((folder / RECORD).read_text()).keys() - {
         "experiment"
     }
@@ -158,6 +158,7 @@ WRONG_RECORDS = {
     "corruptions": [None, {"train": "all"}],
     "image_sha256": [None, {"test": "0"}],
     "label_sha256": [None, {"train": None}],
+    "trained_on": [7, "a\nb"],
     "parameter_sha256": [7],
     "history_sha256": [[]],
     "seconds": [-1, "1", 1e300],
@@ -282,7 +283,7 @@ def test_another_experiment_is_refused_with_the_fields_that_differ(folder):
         check_folder(folder, replace(EXPERIMENT, seed=7, dropout=(0.5,), summary="in my words"))
     assert str(caught.value) == (
         f"{folder} holds another experiment: dropout (() there, (0.5,) asked for), "
-        "seed (0 there, 7 asked for)"
+        "seed (0 there, 7 asked for); choose another folder (--out FOLDER, or out=)"
     )
     assert content(folder) == before
 
