@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
-from bnnlib.data import DRAWN, SIZES
+from bnnlib.data import DRAWN, SIZES, SVHN_SUBSET
 from bnnlib.errors import check_name
 from bnnlib.limits import EVERY_SPLIT, check_fields, defaults_of, fitting, refusing_wrong_names
 
@@ -213,7 +213,6 @@ def published(name: str) -> Experiment:
 # ---------------------------------------------------------------------------- four lengths
 
 LOOK_ALIKE = {"svhn": "glyphs", "cifar10": "shapes"}
-SVHN_SUBSET = "svhn_exact_subset.npz"  # 1,083 real digits, see `results/README.md`
 
 
 def full(experiment: Experiment) -> Experiment:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bnnlib.downloads import read_published
-from bnnlib.errors import InvalidValue, check_name, check_whole
+from bnnlib.errors import DamagedFile, DataNotFound, InvalidValue, check_name, check_whole
+from bnnlib.files import check_is_file, whole_or_absent
 from bnnlib.glyphs import GLYPH_CLASSES, glyphs
-from bnnlib.npz import read_split
+from bnnlib.npz import read_npz, read_split
 from bnnlib.patterns import PATTERN_CLASSES, patterns
 from bnnlib.shapes import SHAPE_CLASSES, shapes
 
@@ -156,11 +157,16 @@ def load(
     Raises InvalidValue for unknown names, DataNotFound for missing files and DamagedFile for
     files that are not what they should be; with `download` also DownloadFailed and CannotWrite.
     """
-    folder = Path(root or os.environ.get("BNNLIB_DATA") or "data").expanduser()
-    name = str(name)
+    folder, name = data_folder(root), str(name)
     if name.endswith(".npz"):
         path = Path(name).expanduser()
-        return load_npz(path if os.path.lexists(path) else folder / path, split).first(n)
+        path = path if os.path.lexists(path) else folder / path
+        if path.name == SVHN_SUBSET and not os.path.lexists(path):
+            raise DataNotFound(
+                f"no file {path.absolute()}; `python -m bnnlib svhn-subset` makes it from SVHN's "
+                "train_32x32.mat, which --download fetches"
+            )
+        return load_npz(path, split).first(n)
     check_name("data set", name, DATASETS)
     check_name(f"{name} split", split, SIZES[name])
     if name in DRAWN:
@@ -170,6 +176,13 @@ def load(
     classes = {"cifar10": CIFAR10_CLASSES, "svhn": SVHN_CLASSES}[name]
     data = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), name, split, classes)
     return data.first(n)
+
+
+def data_folder(root: str | Path | None = None) -> Path:
+    """Where the files are: in `root`, or BNNLIB_DATA, or `data`; raises InvalidValue for ""."""
+    if root == "":  # more likely an empty variable than a wish for the default
+        raise InvalidValue("root must be the path of a folder, got ''")
+    return Path(root or os.environ.get("BNNLIB_DATA") or "data").expanduser()
 
 
 # ------------------------------------------------------------------------------ drawn sets
@@ -240,6 +253,55 @@ def _valid_rows(labels: np.ndarray, per_class: int, rng: np.random.RandomState) 
         rng.shuffle(rows)
         chosen[rows[:per_class]] = True
     return chosen
+
+
+# ------------------------------------------------- the part of SVHN that the stored runs read
+
+SVHN_SUBSET = "svhn_exact_subset.npz"
+SUBSET_SHA256 = {  # of type, shape and bytes of each array
+    "train_images": "6043a7c514ec6cc65ac7a82575d98aee7839dc8c9959a9170335a84e03a71cb7",
+    "train_labels": "23e7f8febcfb2fa5f4b594cd6d41b87a7191f4d90fa733eae622a0aec2bdfa46",
+    "heldout": "5efab80f457029b27c498639aefda61e98b384ad46f721a926fbab26b3a81507",
+}
+
+
+def write_svhn_subset(root: str | Path | None = None, download: bool = False) -> tuple[Path, bool]:
+    """Write SVHN's first 1,083 training images to `SVHN_SUBSET` in `root`; profile `reduced`'s.
+
+    `train_images` (1083, 3, 32, 32) uint8 is in the order of the official file, `train_labels`
+    (1083,) int64 names the digits, 0 to 9, and `heldout` (1083,) uint8 is 1 for the last 202,
+    which are of other photographs than the first 881. `root` and `download` are those of `load`.
+    Returns the path, and whether it has been written: a right file that is there is left alone.
+    Raises DamagedFile where an array, of the official file or of the one that is there, is not
+    that of the stored runs; and what `downloads.read_published` raises.
+    """
+    folder, count = data_folder(root), 1083
+    path = folder / SVHN_SUBSET
+    if os.path.lexists(path):
+        check_is_file(path)
+        _check_subset(read_npz(path), path, "move it away")
+        return path, False
+    data = read_published("SVHN", folder, download, split="train")
+    arrays = {
+        "train_images": data.data[:count],
+        "train_labels": np.asarray(data.labels[:count], dtype=np.int64),
+        "heldout": (np.arange(count) >= 881).astype(np.uint8),
+    }
+    _check_subset(arrays, folder / "train_32x32.mat", "nothing was written")
+    with whole_or_absent(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    return path, True
+
+
+def _check_subset(arrays: dict[str, np.ndarray], source: Path, so: str) -> None:
+    for name, expected in SUBSET_SHA256.items():
+        array = arrays.get(name, np.zeros(0))
+        content = f"{array.dtype} {array.shape}".encode() + array.tobytes()
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise DamagedFile(
+                f"{source} holds other {name} than the stored runs read: the SHA-256 is "
+                f"{found[:12]}..., not {expected[:12]}...; {so}"
+            )
 
 
 # -------------------------------------------------------------------------------- .npz files

@@ -1,9 +1,11 @@
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import click
 import pytest
@@ -163,6 +165,34 @@ def test_describe_at_a_profile():
     assert "glyphs" in call("describe", "svhn-l2", "--profile", "smoke").stdout
 
 
+# ------------------------------------------------------------- output that nobody can read
+
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a full disk")
+
+
+@full
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("list", "--json"), ("describe", "svhn-l2"), ("--help",)]
+)
+def test_output_that_cannot_be_written_is_one_line_and_status_1(arguments):
+    command = [sys.executable, "-m", "bnnlib", *arguments]
+    with open("/dev/full", "w") as target:
+        result = subprocess.run(command, stdout=target, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "Error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [("list", "--json"), ("--help",)])
+def test_a_closed_pipe_is_silent(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bnnlib", *arguments]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
 # --------------------------------------------------------------------------------- mistakes
 
 
@@ -208,7 +238,18 @@ RUN = ("run", "svhn-random-labels", "--profile", "smoke", "--out", "unused")
         ((*RUN, "--set", "random_label_splits=trian"), "did you mean 'train'"),
         ((*RUN, "--set", "epochs"), "--set takes field=value, got 'epochs'"),
         ((*RUN, "--set", "seed=-1"), "seed"),
-        ((*RUN, "--device", "cud"), "device 'cud' cannot be used here"),
+        ((*RUN, "--device", "cud"), "unknown device 'cud'; did you mean 'cuda'"),
+        ((*RUN, "--device", "tpu"), "(allowed: auto, cpu, cuda, cuda:N)"),
+        (("capacity", "--device", "tpu"), "(allowed: auto, cpu, cuda, cuda:N)"),
+        ((*RUN, "--out", ""), "Invalid value for '--out': a folder needs a name, got ''"),
+        ((*RUN, "--data", ""), "Invalid value for '--data': a folder needs a name, got ''"),
+        (("capacity", "--out", ""), "a folder needs a name, got ''"),
+        (("svhn-subset", "--data", ""), "a folder needs a name, got ''"),
+        *[
+            ((*RUN, "--set", f"{field}={text}"), f"or nothing: `{field}=`, got '{text}'")
+            for field in ("probes", "dropout", "random_label_splits")
+            for text in ("[]", "()", "None", "[flips]")
+        ],
         (("run", "svhn-l2-wieghts-5e-4"), "did you mean 'svhn-l2-weights-5e-4'"),
         ((*RUN, "--set", "probes=flip"), "did you mean 'flips'"),
         ((*RUN, "--set", "evaluation_samples=3"), "needs evaluation_weights='stochastic'"),
@@ -232,6 +273,7 @@ def test_a_mistake_is_one_line_with_the_nearest_name_and_status_2(
     ("arguments", "text"),
     [
         (("run", "svhn-float", "--profile", "reduced", "--data", "."), "no file"),
+        (("svhn-subset", "--data", "."), "SVHN is not in"),
         (("run", "cifar10-dropout", "--profile", "full", "--data", "."), "CIFAR10 is not in"),
     ],
 )
@@ -353,13 +395,65 @@ def test_an_evaluation_trains_the_run_it_needs_once_and_with_the_same_seeds(tmp_
     seeds = ("--set", "seed=3", "--set", "corruption_seed=4")
     first = call(*command, *seeds)
     source = load_run(tmp_path / "runs" / "svhn-random-labels" / "smoke-seed3")
-    assert "evaluates runs/svhn-random-labels/smoke-seed3" in first.stderr
+    assert "evaluates runs/svhn-random-labels/smoke-seed3; any other: --set" in first.stderr
     assert (source.experiment.seed, source.experiment.corruption_seed) == (3, 4)
     again = call(*command, *seeds, "--out", "again")
     assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
     assert f"{100 * source.history.last('train_error'):.1f} %" in first.stdout
     assert load_run("again").experiment.run_folder == "runs/svhn-random-labels/smoke-seed3"
     assert len(list(tmp_path.glob("runs/svhn-random-labels/*"))) == 1
+
+
+def test_the_settings_of_an_evaluation_are_given_to_the_run_it_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ("run", "svhn-evaluation", "--profile", "smoke", "--set", "evaluation_rows=60")
+    narrow = ("--set", "width=0.0625", "--set", "epochs=1")
+    first = call(*command, *narrow)
+    source = load_run(tmp_path / "runs" / "svhn-random-labels" / "smoke-seed0").experiment
+    scored = load_run(tmp_path / "runs" / "svhn-evaluation" / "smoke-seed0").experiment
+    assert (source.width, source.epochs, source.evaluation_rows) == (0.0625, 1, None)
+    assert (scored.width, scored.epochs, scored.evaluation_rows) == (0.0625, 0, 60)
+    for path in (tmp_path / "runs" / "svhn-random-labels").rglob("*"):
+        path.is_file() and path.unlink()
+    again = call(*command, *narrow)  # what is finished is read, and no run is trained for it
+    assert again.stdout == first.stdout
+    assert again.stderr.endswith("smoke-seed0 holds this run, finished; nothing is run again\n")
+    assert again.stderr.count("\n") == 1
+
+
+def test_an_evaluation_refuses_settings_that_its_run_has_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(*RUN[:-1], "base")
+    command = ("run", "svhn-evaluation", "--profile", "reduced", "--set", "run_folder=base")
+    refused = call(*command, "--set", "width=0.5")  # also where the profile says the same
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "Error: svhn-evaluation trains nothing and scores the run in base as it was trained, "
+        "so width can only be 0.125, got 0.5\n"
+    )
+    assert not (tmp_path / "runs").exists()
+    kept = call(*command, "--set", "width=0.125", "--precision", "half")
+    assert kept.exit_code == 0, kept.output
+    scored = load_run("runs/svhn-evaluation/reduced-seed0")
+    assert (scored.experiment.width, scored.experiment.dataset) == (0.125, "glyphs")
+    assert scored.record["device"].endswith(", half precision")
+
+
+def test_options_without_effect_on_a_finished_run_are_named(tmp_path):
+    command = (*RUN[:-1], str(tmp_path / "out"))
+    options = ("--device", "cpu", "--checkpoint-every", "300", "--data", ".", "--download")
+    assert "without effect" not in call(*command, *options).stderr
+    *_, told = call(*command, *options).stderr.splitlines()
+    named_ones = "--device, --data, --download, --checkpoint-every"
+    assert told == f"without effect on a finished run: {named_ones}"
+
+
+def test_another_experiment_is_told_the_way_out(tmp_path):
+    command = (*RUN[:-1], str(tmp_path / "out"))
+    call(*command)
+    refused = call(*command, "--set", "width=0.0625")
+    assert refused.exit_code == 2
+    assert "width (0.125 there, 0.0625 asked for); choose another folder (--out" in refused.stderr
 
 
 def test_a_finished_run_is_named_as_such_and_left_alone(tmp_path):

@@ -8,7 +8,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from bnnlib.__main__ import main
+from bnnlib.__main__ import main, seeds_in
 from bnnlib.experiments import is_finished, load_run
 from bnnlib.runs import differences
 from bnnlib.side_by_side import run_side_by_side
@@ -51,8 +51,15 @@ def test_the_statuses_are_those_of_the_processes(tmp_path, capfd):
     ("options", "text"),
     [
         (["--seeds", "1,1"], "--seeds names 1 twice"),
-        (["--seeds", "1,,2"], "seed takes a whole number, got ''"),
-        (["--seeds", "1,-2"], "seed"),
+        (["--seeds", "0-2,1"], "--seeds names 1 twice"),
+        *[
+            (["--seeds", text], f"such as 0,1,2 or 0-2,5; got '{text}'")
+            for text in ("1,,2", "0,1,", "a", "", "1,-2", "0-", "0-1-2", "1.0", "9" * 20)
+        ],
+        (["--seeds", "0,5-2"], "--seeds has a range that runs backwards: 5-2"),
+        (["--seeds", "0-1000"], "--seeds takes at most 1,000 seeds, got '0-1000'"),
+        (["--seeds", "7,1001-2000"], "--seeds takes at most 1,000 seeds"),
+        (["--seeds", "9" * 19], "seed must be 0 to 9,223,372,036,854,775,807"),
         (["--seeds", "1", "--set", "seed=2"], "--set gives seed twice"),
         (["--seeds", "1", "--set", "widht=2"], "did you mean 'width'"),
     ],
@@ -62,6 +69,26 @@ def test_a_mistake_is_told_before_anything_starts(options, text, monkeypatch):
     result = CliRunner().invoke(main, [*RUN, *options])
     assert result.exit_code == 2
     assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("4", [4]), ("0,1,2", [0, 1, 2]), ("0-2,5", [0, 1, 2, 5]), (" 7 , 2-3", [7, 2, 3])],
+)
+def test_seeds_are_numbers_and_ranges(text, seeds, monkeypatch):
+    started = {}
+    monkeypatch.setattr(
+        "bnnlib.__main__.run_side_by_side",
+        lambda commands: started.update(commands) or dict.fromkeys(commands, 0),
+    )
+    result = CliRunner().invoke(main, [*RUN, "--seeds", text, "--out", "x", "--set", "width=0.5"])
+    assert result.exit_code == 0, result.output
+    assert list(started) == [f"seed {seed}" for seed in seeds]
+    for seed, arguments in zip(seeds, started.values(), strict=True):
+        settings = ("width=0.5", f"seed={seed}", f"corruption_seed={seed}")
+        expected = {*RUN, "--out", os.path.join("x", f"seed{seed}"), "--set", *settings}
+        assert set(arguments) == expected  # and no option that was not given
+    assert seeds_in("0-999") == list(range(1000))
 
 
 def test_a_signal_to_the_one_process_reaches_all(tmp_path):
