@@ -104,7 +104,12 @@ def parameter_hash(model: nn.Module) -> str:
 
 
 def profile_of(experiment: Experiment) -> str:
-    """The profile whose form of the named experiment this is, whatever its seeds; or "own"."""
+    """The profile whose form of the named experiment this is, whatever its seeds; or "own".
+
+    An experiment of a name that is in neither catalogue is "own", too.
+    """
+    if experiment.name not in (PUBLISHED | VARIANTS):
+        return "own"
     seeds = {"seed": 0, "corruption_seed": 0, "data_seed": 0, "run_folder": ""}
     here = replace(experiment, **seeds).decisive()
     original = named(experiment.name)
@@ -139,8 +144,9 @@ def distance_from_a_guess(finished: Run) -> float:
 
     A guess among ten classes is wrong nine times in ten, with the binomial's spread.
     """
-    spread = (0.9 * 0.1 / finished.record["images"]["test"]) ** 0.5
-    return abs(finished.history.last("test_error") - 0.9) / spread
+    chance = finished.history.chance
+    spread = (chance * (1 - chance) / finished.record["images"]["test"]) ** 0.5
+    return abs(finished.history.last("test_error") - chance) / spread
 
 
 def is_guessing(finished: Run) -> bool:

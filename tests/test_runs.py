@@ -11,7 +11,7 @@ from bnnlib.assembly import prepare_data
 from bnnlib.catalogue import reduced, smoke
 from bnnlib.folders import load_run
 from bnnlib.history import History
-from bnnlib.runs import differences, is_guessing, parameter_hash, profile_of
+from bnnlib.runs import differences, is_guessing, parameter_hash, profile_of, summary
 from bnnlib.variants import named
 
 
@@ -55,6 +55,21 @@ def test_a_guess_is_wrong_nine_times_in_ten_within_four_standard_deviations(
 ):
     history = History([{"test_error": error}])  # 100 images: one standard deviation is 3 points
     assert is_guessing(replace(finished, history=history)) is guessing
+
+
+@pytest.mark.parametrize(("error", "guessing"), [(0.5, True), (0.31, True), (0.9, False)])
+def test_a_guess_among_two_classes_is_wrong_half_the_time(finished, error, guessing):
+    classes = {f"test_error_class_{i}": error for i in range(2)}
+    history = History([{"test_error": error, **classes}])
+    assert is_guessing(replace(finished, history=history)) is guessing
+
+
+def test_an_experiment_of_ones_own_is_summed_up_too(finished):
+    own = replace(finished, experiment=replace(finished.experiment, name="mine"))
+    assert profile_of(own.experiment) == "own"
+    row = summary(own)
+    assert (row["experiment"], row["profile"], row["images"]) == ("mine", "own", 100)
+    assert row["train error (%)"] == round(100 * finished.history.last("train_error"), 2)
 
 
 @pytest.mark.parametrize("profile", [smoke, reduced])
