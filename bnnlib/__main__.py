@@ -30,11 +30,12 @@ from bnnlib.experiments import (
     as_scored,
     at_profile,
     is_finished,
-    load_run,
     named,
     resolve_device,
     run,
+    run_to_score,
 )
+from bnnlib.folders import check_folder
 from bnnlib.limits import type_in_words
 from bnnlib.precision import PRECISIONS
 from bnnlib.side_by_side import run_side_by_side
@@ -270,7 +271,7 @@ def run_experiment(
     }
     was_finished = is_finished(out)
     if experiment.evaluates:
-        experiment = _with_run(experiment, profile, changes_in(settings), how, was_finished)
+        experiment = _with_run(experiment, profile, changes_in(settings), how, out)
     result = run(experiment, out, **how)
     if was_finished and (unused := _given(HOW)):
         click.echo(f"without effect on a finished run: {', '.join(unused)}", err=True)
@@ -330,7 +331,7 @@ def default_folder(experiment: Experiment, profile: str) -> Path:
 
 
 def _with_run(
-    e: Experiment, profile: str, changes: dict[str, Any], how: dict[str, Any], was_finished: bool
+    e: Experiment, profile: str, changes: dict[str, Any], how: dict[str, Any], out: Path
 ) -> Experiment:
     """An evaluation with the folder of its run; if none is named, that is trained with `changes`.
 
@@ -338,15 +339,16 @@ def _with_run(
     """
     changes = {k: v for k, v in changes.items() if k not in EVALUATION_FIELDS}
     if e.run_folder:
-        if not was_finished:
-            as_scored(e, load_run(e.run_folder).experiment, changes)
+        as_scored(e, run_to_score(e, out).experiment, changes)
         return e
     source = replace(at_profile(named(e.evaluates), profile), **changes)
     folder = default_folder(source, profile)
-    if not was_finished:
+    e = replace(e, epochs=0, run_folder=str(folder))
+    check_folder(out, as_scored(e, source, {}))  # before anything is trained for it
+    if not is_finished(out):
         click.echo(f"{e.name} evaluates {folder}; any other: --set run_folder=FOLDER", err=True)
         run(source, folder, **how)
-    return replace(e, epochs=0, run_folder=str(folder))
+    return e
 
 
 if __name__ == "__main__":

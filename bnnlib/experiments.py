@@ -143,7 +143,7 @@ def run(
     folder = None if out is None else Path(out).expanduser()
     source = None
     if experiment.evaluates:
-        source = _run_to_score(experiment, folder)
+        source = run_to_score(experiment, folder)
         experiment = as_scored(experiment, source.experiment)
     half = uses_half(precision, where) and experiment.binary and experiment.weights != "real"
     if folder:
@@ -404,7 +404,7 @@ def _check_belongs(finished: Run, data: ImageSet) -> None:
             )
 
 
-def _run_to_score(e: Experiment, folder: Path | None) -> Run:
+def run_to_score(e: Experiment, folder: Path | None) -> Run:
     """The run that an evaluation is about; where it was finished in `folder`, that evaluation.
 
     It has the same settings, and is read again even where the run has been moved away.

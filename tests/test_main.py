@@ -419,6 +419,19 @@ def test_the_settings_of_an_evaluation_are_given_to_the_run_it_trains(tmp_path, 
     assert again.stdout == first.stdout
     assert again.stderr.endswith("smoke-seed0 holds this run, finished; nothing is run again\n")
     assert again.stderr.count("\n") == 1
+    for other in ((), ("--set", "width=0.125")):  # as the profile has it
+        refused = call(*command, *other)
+        assert refused.exit_code == 2
+        assert "width (0.0625 there, 0.125 asked for); choose another" in refused.stderr
+
+
+def test_nothing_is_trained_for_an_evaluation_that_has_no_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    refused = call("run", "svhn-evaluation", "--profile", "smoke", "--out", "notes")
+    assert refused.stderr == "Error: notes holds something that is no run; choose another folder\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 def test_an_evaluation_refuses_settings_that_its_run_has_not(tmp_path, monkeypatch):
@@ -434,6 +447,8 @@ def test_an_evaluation_refuses_settings_that_its_run_has_not(tmp_path, monkeypat
     assert not (tmp_path / "runs").exists()
     kept = call(*command, "--set", "width=0.125", "--precision", "half")
     assert kept.exit_code == 0, kept.output
+    assert call(*command, "--set", "width=0.5").stderr == refused.stderr
+    assert call(*command).stdout == kept.stdout
     scored = load_run("runs/svhn-evaluation/reduced-seed0")
     assert (scored.experiment.width, scored.experiment.dataset) == (0.125, "glyphs")
     assert scored.record["device"].endswith(", half precision")
