@@ -5,13 +5,16 @@ Execution and rendering are apart, so what is rendered is exactly what was
 executed, and a chapter whose inputs are unchanged is not executed again.
 """
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,18 +23,25 @@ from nbformat import NotebookNode
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from bnnlib.errors import unknown_name
+from bnnlib.interrupts import signals_to
 from execute import (
     CELL_TIMEOUT,
     BookError,
     chapter_key,
     execute,
+    failed_copy,
     inputs_digest,
+    kernels_at,
     profile_parameters,
     stored_key,
 )
 from notebooks import execution_content, merge, read, write
+from together import Progress, run_together
 
 ROOT = Path(__file__).resolve().parents[1]
+# They time training steps, which are slower while other chapters run; so
+# they run at the end, one after the other.
+TIMED = ("book/intro", "book/running", "book/performance")
 PAGES = shutil.ignore_patterns("*.ipynb", "*.py", "*.toml", ".*", "__*__")
 MATHJAX = ("es5/tex-svg.js", "LICENSE")  # in the package `mathjax`
 
@@ -55,22 +65,45 @@ def chapters(root: Path, only: Sequence[str] = ()) -> list[str]:
     return [name for key, name in short.items() if not only or key in only]
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def execute_chapters(
-    root: Path, profile: str, names: Sequence[str], force: bool = False
+    root: Path,
+    profile: str,
+    names: Sequence[str],
+    force: bool = False,
+    jobs: int = 1,
 ) -> None:
-    """Execute each chapter whose key has changed; one line for each."""
-    inputs = inputs_digest(root)
-    width = max(map(len, names))
-    for number, name in enumerate(names, start=1):
-        label = f"[{number}/{len(names)}] {name:<{width}}"
+    """Execute each chapter whose key has changed, `jobs` side by side.
+
+    Prints a line for each.
+    """
+    inputs, progress, work = inputs_digest(root), Progress(names), {}
+    for name in names:
         chapter, out = root / f"{name}.ipynb", _stored(root, profile, name)
         given = profile_parameters(chapter, profile)
         key = chapter_key(read(chapter), given, inputs)
         if stored_key(out) == key and not force:
-            click.echo(f"{label} {'kept':>8}")
-            continue
-        with _timed(label):
-            execute(chapter, out, given, CELL_TIMEOUT[profile], key)
+            progress.finished(name, "kept")
+        else:
+            timeout = CELL_TIMEOUT[profile]
+            work[name] = partial(execute, chapter, out, given, timeout, key)
+    timed = {name: work.pop(name) for name in TIMED if name in work}
+    try:
+        with kernels_at(root / "book"):
+            run_together(work, jobs, progress)
+            run_together(timed, 1, progress)
+    except KeyboardInterrupt:
+        for name in work | timed:
+            failed_copy(_stored(root, profile, name)).unlink(
+                missing_ok=True
+            )
+        raise
 
 
 def stage(root: Path, profile: str) -> Path:
@@ -136,15 +169,26 @@ def check_pages(site: Path, names: Sequence[str]) -> None:
 @click.option(
     "--force", is_flag=True, help="Execute the unchanged ones too."
 )
-def main(profile: str, only: tuple[str, ...], force: bool) -> None:
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=cores,
+    show_default="the cores",
+    help="How many chapters to execute side by side, with a thread each.",
+)
+def main(
+    profile: str, only: tuple[str, ...], force: bool, jobs: int
+) -> None:
     """Execute the chapters and render the book to _build/html."""
     try:
-        execute_chapters(ROOT, profile, chapters(ROOT, only), force)
-        if only:
-            return
-        with _timed("rendering"):
-            page = render(ROOT, stage(ROOT, profile))
-        click.echo(f"The book: {page}")
+        with signals_to(signal.default_int_handler):  # SIGTERM too
+            names = chapters(ROOT, only)
+            execute_chapters(ROOT, profile, names, force, jobs)
+            if only:
+                return
+            with _timed("rendering"):
+                page = render(ROOT, stage(ROOT, profile))
+            click.echo(f"The book: {page}")
     except KeyboardInterrupt:
         click.echo("Stopped; the chapters executed so far are kept.")
         sys.exit(130)

@@ -2,7 +2,7 @@
 
 An executed chapter is stored with a key: a hash of its code, its
 parameters, the library, the results and the requirements. As long as the
-key is the same, the stored copy is kept. Next file: `build.py`.
+key is the same, the stored copy is kept. Next file: `together.py`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import click
@@ -33,6 +33,8 @@ CELL_TIMEOUT = {"smoke": 600, "quick": 1800, "reduced": None, "full": None}
 KERNEL_ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # each refresh of a bar would become a line
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    # Chapters share the cores, and no page depends on how many there are.
+    "OMP_NUM_THREADS": "1",
 }
 # Critical only: at each start the kernel warns that it listens on a local
 # port, and when it is stopped it logs the sockets that were closed on it.
@@ -97,18 +99,18 @@ def execute(
     """
     with _naming(chapter):
         check_values(given, own_parameters(chapter))
-    source = read(chapter)
+    source, failed = read(chapter), failed_copy(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    failed = out.with_name(f"{out.stem}.failed.ipynb")
-    try:
-        executed = _run(chapter, failed, given, timeout)
-    except KeyboardInterrupt:
-        failed.unlink(missing_ok=True)
-        raise
+    executed = _run(chapter, failed, given, timeout)
     merged = merge(source, executed)
     merged.metadata.key = key
     write(merged, out)
     failed.unlink()
+
+
+def failed_copy(out: Path) -> Path:
+    """Where the cells of a chapter are kept up to one that failed."""
+    return out.with_name(f"{out.stem}.failed.ipynb")
 
 
 def _run(
@@ -116,7 +118,7 @@ def _run(
 ) -> NotebookNode:
     started: list[NotebookNode] = []
     try:
-        with _environment(KERNEL_ENVIRONMENT):
+        with kernels_at(chapter.parent):
             return papermill.execute_notebook(
                 chapter,
                 log,
@@ -173,15 +175,21 @@ def _naming(chapter: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the kernels that start inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def kernels_at(folder: Path) -> Iterator[None]:
+    """Kernels that start inside have this folder and `KERNEL_ENVIRONMENT`.
+
+    Both are those of the whole process, and papermill changes the folder
+    too. Where several threads execute chapters, one such block around all
+    of them makes each of theirs change nothing.
+    """
+    before = {name: os.environ.get(name) for name in KERNEL_ENVIRONMENT}
+    os.environ.update(KERNEL_ENVIRONMENT)
     try:
-        yield
+        with chdir(folder):
+            yield
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
