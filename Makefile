@@ -27,7 +27,7 @@ lab: env ## open the chapters in JupyterLab, to change and rerun them
 	$(VENV)/bin/jupyter lab --notebook-dir book
 
 test: env ## run the unit tests, and every chapter at its smallest size
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses logical --dist worksteal
 
 lint: env ## check the formatting and the code of modules and notebooks
 	$(VENV)/bin/ruff check
