@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import click
 
@@ -28,14 +29,16 @@ from bnnlib.timings import CONTENTION
 
 LIBRARY = 300_000  # turns of GNU's library where nobody says anything (libgomp's env.c)
 OURS = int(BRIEFLY["GOMP_SPINCOUNT"])
-SPINS = (LIBRARY, 30_000, 10_000, OURS, 1_000, 0)
+SPINS = (LIBRARY, 30_000, OURS, 0)
 SETTINGS = (
-    Setting("small", steps=10),  # of the quick runs
-    Setting("cifar10", 1 / 8, steps=5),
-    Setting("cifar10", 1 / 4, steps=3),
+    Setting("small", steps=5),  # of the quick runs
+    Setting("cifar10", 1 / 8, steps=4),
+    Setting("cifar10", 1 / 4, steps=2),
     Setting("cifar10", 1, steps=1),
 )
-BUSY = "while True: pass"
+# Ends when its parent is gone.
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+ALONE = 3.0  # seconds of a turn at least; a difference of a few per cent is to be seen
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,10 @@ class Neighbour:
 def measure(setting: Setting, spins: Sequence[int], rounds: int) -> list[Row]:
     """A row for each way: quartiles of the milliseconds of a step, alone and beside the neighbour.
 
-    In each round every way takes its turn, first all of them alone, then all beside the
-    neighbour, while the others are idle; the first round is not kept. `alone_to_library` is the
-    time alone in relation to that of the library's own spin in the same round, and
-    `beside_to_alone` what the neighbour makes of it.
+    In each round every way takes its turn, first all of them alone, for `ALONE` seconds, then
+    all beside the neighbour, while the others are idle; the first round is not kept.
+    `alone_to_library` is the time alone in relation to that of the library's own spin in the
+    same round, and `beside_to_alone` what the neighbour makes of it.
     """
     with ExitStack() as stack:
         neighbour = Neighbour()
@@ -102,11 +105,14 @@ def _round(workers: dict[Way, Worker], neighbour: Neighbour, steps: int, number:
     """Milliseconds of a step of each way, by "alone" and "beside"."""
     order = rotated(list(workers), number)
 
-    def turn(way: Way) -> float:
+    def turn(way: Way, seconds: float = 0.0) -> float:
         time.sleep(PAUSE)
-        return 1000 * workers[way].ask("epoch") / steps
+        taken = [workers[way].ask("epoch")]
+        while sum(taken) < seconds:
+            taken.append(workers[way].ask("epoch"))
+        return 1000 * median(taken) / steps
 
-    alone = {way: turn(way) for way in order}
+    alone = {way: turn(way, ALONE) for way in order}
     with neighbour.busy():
         return {"alone": alone, "beside": {way: turn(way) for way in order}}
 
@@ -145,9 +151,9 @@ def main(quick: bool, out: Path | None) -> None:
     """Time training steps alone and beside a busy process, for each time that threads spin."""
     if out is None and not quick:
         out = CONTENTION
-    settings, rounds = (SETTINGS[:1], 2) if quick else (SETTINGS, 7)
+    settings, rounds = (SETTINGS[:1], 2) if quick else (SETTINGS, 4)
     try:
-        results = run(settings, SPINS[::3] if quick else SPINS, rounds)
+        results = run(settings, SPINS[::2] if quick else SPINS, rounds)
         if out:
             make_folder(out.parent)
             write_json(out, results)

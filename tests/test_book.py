@@ -87,6 +87,11 @@ def calls(notebook):
                 yield getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
+def test_the_pages_that_time_something_run_alone():
+    timing = [path.stem for path in NOTEBOOKS if "time_steps" in set(calls(read(path)))]
+    assert sorted(build.TIMED) == [f"book/{name}" for name in sorted(timing)]
+
+
 @each_notebook
 def test_figures_and_numbers_come_from_the_library_or_the_page_itself(path):
     notebook = read(path)

@@ -118,7 +118,7 @@ result = run(experiment, {str(tmp_path / "out")!r}, device="cpu", progress="none
 """
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        client.execute(cell)
+        client.execute(cell, stop_on_error=False)  # else the kernel may refuse the next one
         wait_for(tmp_path / "out" / "history.csv", manager.is_alive)
         manager.interrupt_kernel()
         reply = client.get_shell_msg(timeout=60)["content"]

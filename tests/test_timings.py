@@ -9,8 +9,10 @@ import pytest
 from bnnlib import timings
 from bnnlib.errors import BnnlibError
 from bnnlib.experiments import named, published, smoke
+from bnnlib.openmp import BRIEFLY
 from bnnlib.timings import (
     Pace,
+    contention_table,
     draw,
     how_quiet,
     load_timings,
@@ -137,6 +139,14 @@ def test_the_kept_results_are_whole():
         assert {r["contender"] for r in rows} == contenders - set(results["skipped"])
         assert all(r["milliseconds"]["low"] > 0 for r in rows)
     assert {row["by"] for row in results["growth"]} == {"batch_size", "width", "images", "epochs"}
+
+
+def test_the_kept_contention_is_that_of_the_spin_that_is_set():
+    results = load_timings(timings.CONTENTION, ["contention"])
+    assert str(results["ours"]) == BRIEFLY["GOMP_SPINCOUNT"]
+    spins = {row["spin"] for row in results["contention"]}
+    assert {results["library"], results["ours"]} < spins
+    assert len(contention_table(results)) == len(results["contention"])
 
 
 @pytest.mark.parametrize("name", ["speeds", "limits", "memory", "growth", "startup"])
