@@ -13,7 +13,7 @@ import sys
 
 BRIEFLY = {
     "GOMP_SPINCOUNT": "5000",  # turns of a loop; GNU's library, with PyTorch on Linux
-    "KMP_BLOCKTIME": "0",  # milliseconds; LLVM's and Intel's, with PyTorch on macOS and Windows
+    "KMP_BLOCKTIME": "1",  # milliseconds; LLVM's and Intel's, with PyTorch on macOS and Windows
 }
 SAYS_HOW_TO_WAIT = ("OMP_WAIT_POLICY", *BRIEFLY)
 
