@@ -138,15 +138,15 @@ def _spread(quartiles: Mapping[str, float]) -> str:
 
 
 def contention_table(results: Mapping[str, Any]) -> list[Row]:
-    """One row for each network, number of threads and turns of their spin: times, as text."""
+    """One row for each network, number of threads and turns of their spin: medians, as text."""
     return [
         {
             "network": f"{row['network']} × {row['width']:g}",
             "threads": row["threads"],
             "turns": f"{row['spin']:,}" if row["threads"] > 1 else "",
-            "ms a step alone": _spread(row["alone"]),
+            "ms a step": f"{row['alone']['median']:,.0f}",
             "to the default": f"{row['alone_to_library']['median']:.2f}",
-            "ms beside the process": _spread(row["beside"]),
+            "ms beside": f"{row['beside']['median']:,.0f}",
             "beside to alone": f"{row['beside_to_alone']['median']:.1f}",
         }
         for row in results["contention"]
