@@ -121,12 +121,12 @@ result = run(experiment, {str(tmp_path / "out")!r}, device="cpu", progress="none
         client.execute(cell, stop_on_error=False)  # else the kernel may refuse the next one
         wait_for(tmp_path / "out" / "history.csv", manager.is_alive)
         manager.interrupt_kernel()
-        reply = client.get_shell_msg(timeout=60)["content"]
+        reply = client.get_shell_msg(timeout=300)["content"]
         assert (reply["status"], reply["ename"]) == ("error", "Interrupted")
         assert "stopped by SIGINT after step " in reply["evalue"]
         assert not is_finished(tmp_path / "out")
         client.execute(cell)
-        assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+        assert client.get_shell_msg(timeout=300)["content"]["status"] == "ok"
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
