@@ -16,7 +16,8 @@ $(INSTALLED): requirements.txt pyproject.toml book/kernel.py
 	         "make env PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
-	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VENV)/bin/pip install --quiet --no-deps --editable . \
+	    --config-settings editable_mode=compat
 	$(VENV)/bin/python book/kernel.py
 	@touch $@
 

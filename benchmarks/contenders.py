@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from benchmarks.settings import KERNEL, LEARNING_RATE, Setting, made_up, shapes
-from bnnlib.assembly import build_model
 from bnnlib.batches import Batches, scale_pixels
-from bnnlib.catalogue import published
+from bnnlib.experiments.build import build_model
+from bnnlib.experiments.originals import published
+from bnnlib.kernels.precision import resolve_precision
 from bnnlib.losses import squared_hinge_loss
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.precision import uses_half
-from bnnlib.train import Position, evaluate, training_step
+from bnnlib.training import Step, TrainingState, evaluate
 
 
 class Contender:
@@ -63,19 +63,17 @@ class Bnnlib(Contender):
         sizes = {name: getattr(self.setting, name) for name in ("network", "width", "batch_size")}
         e = replace(published("cifar10-random-labels"), **sizes)
         device = torch.device(self.setting.device)
-        self.model = build_model(e, device, uses_half("auto", device))
+        self.model = build_model(e, device, resolve_precision("auto", device))
         self.optimizer = BinaryAdam(parameter_groups(self.model), lr=LEARNING_RATE)
-        batches = Batches(self.epoch_set, e.batch_size, device)
-        self.position = Position()
-        self.step = training_step(self.model, self.optimizer, batches, self.position)
+        self.state = TrainingState(self.model, self.optimizer, self.generator)
+        self.step = Step(self.state, Batches(self.epoch_set, e.batch_size, device))
 
     def epoch(self) -> None:
         # Without the look at all numbers after an epoch, which has hundreds of steps elsewhere.
-        self.position.begin_epoch(self.step, self.generator)
-        for _ in range(self.step.count):
+        self.step.begin_epoch()
+        for _ in range(len(self.step.order)):
             self.step()
-            self.position.done += 1
-        self.position.end_epoch({})
+        self.state.epoch_start, self.state.done = None, 0
 
 
 def assemble(

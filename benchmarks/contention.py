@@ -1,7 +1,7 @@
 """What a busy neighbour costs a training step, by how long threads spin before they sleep.
 
 In: nothing but this machine. Out: `benchmarks/results/contention.json`. The threads of OpenMP wait
-for each other after every operation; `bnnlib.openmp` says how long they spin, and this is what its
+for each other after every operation; `bnnlib.process` says how long they spin, and this is what its
 number rests on. The numbers of turns are those of GNU's library, which is PyTorch's on Linux.
 """
 
@@ -20,12 +20,12 @@ import click
 
 from benchmarks.rounds import PAUSE, Row, paired, quartiles, rotated
 from benchmarks.settings import Setting
+from benchmarks.timings import CONTENTION
 from benchmarks.training import machine, own_versions
 from benchmarks.workers import Worker
 from bnnlib.errors import BnnlibError
 from bnnlib.files import make_folder, write_json
-from bnnlib.openmp import BRIEFLY
-from bnnlib.timings import CONTENTION
+from bnnlib.process import BRIEFLY
 
 LIBRARY = 300_000  # turns of GNU's library where nobody says anything (libgomp's env.c)
 OURS = int(BRIEFLY["GOMP_SPINCOUNT"])

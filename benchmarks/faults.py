@@ -28,11 +28,15 @@ from benchmarks.kills import EXPERIMENT, kill_until_done, live
 from benchmarks.mutations import count_all_outcomes, mutations
 from bnnlib.data import load_npz
 from bnnlib.errors import BnnlibError, CannotWrite, NotFinite
-from bnnlib.experiments import RESULTS, Experiment, Run, load_run, named, run, smoke
+from bnnlib.experiments.experiment import Experiment
+from bnnlib.experiments.profiles import smoke
+from bnnlib.experiments.variants import named
 from bnnlib.files import locked, write_json
-from bnnlib.interrupts import SIGNALS
 from bnnlib.optim import BinaryAdam
-from bnnlib.runs import differences, environment
+from bnnlib.runs.folder import RESULTS, load_run
+from bnnlib.runs.interrupts import SIGNALS
+from bnnlib.runs.result import Run, differences, environment
+from bnnlib.runs.run import run
 
 SHORT = replace(EXPERIMENT, epochs=4, evaluate_every=2)  # of five steps
 STEPS = 20
@@ -143,8 +147,8 @@ def _command(e: Experiment, out: Path) -> list[str]:
     """The shell command that runs `e`."""
     command = [sys.executable, "-m", "bnnlib", "run", e.name, "--profile", "smoke"]
     command += ["--out", str(out), "--device", "cpu", "--checkpoint-every", "0.1"]
-    base = smoke(named(e.name)).decisive()
-    for name, value in e.decisive().items():
+    base = smoke(named(e.name)).spec()
+    for name, value in e.spec().items():
         if value != base[name]:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             command += ["--set", f"{name}={text}"]

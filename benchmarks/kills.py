@@ -1,7 +1,4 @@
-"""Runs that are killed on purpose, again and again, until they reach their end.
-
-In: an experiment, a folder, a seed. Out: how often it was killed, and where.
-"""
+"""Runs that are killed on purpose, again and again, until they reach their end."""
 
 import multiprocessing
 import os
@@ -16,10 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import bnnlib.tensors
 from bnnlib.errors import BnnlibError, Interrupted
-from bnnlib.experiments import Experiment, named, run, smoke
+from bnnlib.experiments.experiment import Experiment
+from bnnlib.experiments.profiles import smoke
+from bnnlib.experiments.variants import named
 from bnnlib.optim import BinaryAdam
+from bnnlib.runs.run import run
 
 # Every kind of state that a run has: two generators, moments, averages, signs, half an epoch.
 EXPERIMENT = replace(
@@ -37,7 +36,6 @@ EXPERIMENT = replace(
 # about how often three saves call it.
 EVENTS = {
     "step of the optimizer": (BinaryAdam, "step", 3),
-    "block of a file": (bnnlib.tensors, "_bytes_of", 200),
     "flush to disk": (os, "fsync", 8),
     "renaming": (Path, "replace", 8),
     "deletion": (Path, "unlink", 8),

@@ -17,11 +17,14 @@ from math import inf
 from pathlib import Path
 from unittest.mock import patch
 
-from bnnlib.checkpoints import NAME
 from bnnlib.errors import BnnlibError, BnnlibWarning
-from bnnlib.experiments import CAPACITY, load_run, run, summary
+from bnnlib.experiments.variants import CAPACITY
 from bnnlib.files import sha256
 from bnnlib.optim import BinaryAdam
+from bnnlib.runs.checkpoint import NAME
+from bnnlib.runs.folder import load_run
+from bnnlib.runs.result import summary
+from bnnlib.runs.run import run
 
 LONGEST_MESSAGE = 2500  # characters
 

@@ -3,6 +3,7 @@
 In: nothing but this machine. Out: `benchmarks/results/training.json` and its chart.
 """
 
+import io
 import os
 import platform
 import time
@@ -19,11 +20,11 @@ import bnnlib
 from benchmarks.rounds import Row, compare, growth, growth_by_epochs, memory
 from benchmarks.settings import LEARNING_RATE, Setting
 from benchmarks.startup import startup
+from benchmarks.timings import STORED, draw
 from benchmarks.workers import CONTENDERS, TEST_IMAGES
-from bnnlib.assembly import resolve_device
 from bnnlib.errors import BnnlibError
-from bnnlib.files import make_folder, whole_or_absent, write_json
-from bnnlib.timings import STORED, draw
+from bnnlib.experiments.build import resolve_device
+from bnnlib.files import atomic_write, make_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,9 @@ def save(results: Row, out: Path) -> None:
     """Write the results, and their chart beside them."""
     make_folder(out.parent)
     write_json(out, results)
-    with whole_or_absent(out.with_suffix(".png")) as part:
-        draw(results).savefig(part, format="png")
+    picture = io.BytesIO()
+    draw(results).savefig(picture, format="png")
+    atomic_write(out.with_suffix(".png"), picture.getvalue())
     click.echo(out)
 
 

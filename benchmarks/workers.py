@@ -27,7 +27,7 @@ from benchmarks.naive import NaiveBnn
 from benchmarks.peers import Brevitas, Larq, versions
 from benchmarks.settings import Setting
 from bnnlib.errors import BnnlibError, check_name
-from bnnlib.memory import keep_freed_memory
+from bnnlib.process import keep_freed_memory
 
 CONTENDERS = {
     "bnnlib": Bnnlib,

@@ -1,15 +1,51 @@
-"""Binarized neural networks that memorize, in the order a batch meets the modules:
+"""Binarized neural networks that memorize: layers, models, corruption, training, experiments.
 
-openmp, errors, files, tensors, drawing, glyphs, shapes, patterns, downloads, npz, data,
-corruption, batches, quantizers, layers, precision, models, losses, optim, steps, history,
-train, probes, limits, catalogue, variants, assembly, memory, interrupts, checkpoints, runs,
-folders, experiments, capacity, claims, plots, timings, chapters, side_by_side, __main__.
-
-Import from the module that holds the name: `from bnnlib.layers import BinaryLinear`.
+The public names stand in `PUBLIC`, each beside the module that holds it, in the order in which
+to read them; they are loaded when they are first asked for.
 """
 
-from bnnlib.openmp import spin_briefly
+from importlib import import_module
+
+from bnnlib.process import spin_briefly
 
 __version__ = "0.2.0"
 
 spin_briefly()  # before anything here loads PyTorch
+
+PUBLIC = {
+    "quantizers": "sign hard_sigmoid binarize binarize_stochastic binary_tanh binary_sigmoid",
+    "layers": "BatchNorm BinaryConv2d BinaryLinear BinarySigmoid BinaryTanh Dropout "
+    "binary_layers binarize_parameters_ evaluating seed_layers",
+    "models": "ARCHITECTURES Architecture binarynet count_parameters",
+    "losses": "error_rate l2_penalty squared_hinge_loss",
+    "optim": "BinaryAdam parameter_groups",
+    "data": "ImageSet SIZES load",
+    "corruption": "gaussian_inputs random_labels random_pixels shuffled_pixels",
+    "batches": "Batches scale_pixels",
+    "training": "EvaluationMode History TrainingState evaluate fit learning_rates",
+    "probes": "binary_weights critical_sample_ratio epochs_to_reach flip_ratio saturation",
+    "experiments.experiment": "Experiment",
+    "experiments.originals": "PUBLISHED published",
+    "experiments.variants": "CAPACITY VARIANTS named",
+    "experiments.profiles": "PROFILES at_profile by_profile full quick reduced smoke",
+    "experiments.build": "build_model derive_seed prepare_data",
+    "runs.result": "Run differences is_guessing profile_of summary",
+    "runs.folder": "load_run stored_runs",
+    "runs.evaluation": "evaluate_run",
+    "runs.run": "run",
+    "errors": "BnnlibError InvalidValue",
+}
+_MODULES = {name: module for module, names in PUBLIC.items() for name in names.split()}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bnnlib' has no name {name!r}")
+    value = getattr(import_module(f"bnnlib.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

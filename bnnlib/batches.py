@@ -1,8 +1,4 @@
-"""The whole set on the device; a batch is an index.
-
-In: an `ImageSet`. Out: x (B, 3, 32, 32) float32 in [-1, 1] and labels (B,) int64, both on
-the device. Next file: `quantizers.py`.
-"""
+"""The whole set on the device; a batch is an index."""
 
 from collections.abc import Iterator
 
@@ -51,12 +47,12 @@ class Batches:
         return len(self.labels)
 
     @property
-    def steps(self) -> int:
+    def n_batches(self) -> int:
         """Full batches in the set."""
         return len(self) // self.batch_size
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """The images of each full batch of an epoch, drawn anew: (steps, batch_size) int64.
+        """The images of each full batch of an epoch, drawn anew: (n_batches, batch_size) int64.
 
         Images that are left over are dropped. The original drops them too, by Python 2's
         integer division (`binary_net_random_labels.py:282`). `generator` is a CPU generator,
@@ -64,7 +60,7 @@ class Batches:
         """
         check_fills_batch(len(self), self.batch_size)
         order = torch.randperm(len(self), generator=generator)
-        return order[: self.steps * self.batch_size].view(self.steps, self.batch_size)
+        return order[: self.n_batches * self.batch_size].view(self.n_batches, self.batch_size)
 
     def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of full batches in the order drawn from `generator`."""

@@ -1,8 +1,7 @@
 """Pure functions from `ImageSet` to `ImageSet` that destroy labels or pixels.
 
-In: one split. Out: the same split, corrupted, with a line added to its provenance. A
-function touches only the set it is given: corrupting train and test takes two calls.
-Next file: `batches.py`.
+Each adds a line to the provenance. It touches only the set that it is given: corrupting train
+and test takes two calls.
 """
 
 import math

@@ -1,8 +1,4 @@
-"""What can go wrong, by name; each text says what was found, what was allowed, and what to do.
-
-In: a bad value, a bad file, a full disk. Out: an exception whose text is enough to repair it.
-Next file: `files.py`.
-"""
+"""What can go wrong, by name; each text says what was found, what was allowed, and what to do."""
 
 import reprlib
 from collections.abc import Iterable
@@ -35,11 +31,7 @@ class FolderInUse(BnnlibError, FileExistsError):
 
 
 class CannotWrite(BnnlibError, OSError):
-    """A file could not be written, or would not fit; what lay there before still does."""
-
-
-class TooLarge(BnnlibError, MemoryError):
-    """What was asked for needs more memory than there is."""
+    """A file could not be written; what lay there before still does."""
 
 
 class NotFinite(BnnlibError, ArithmeticError):
@@ -58,7 +50,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: in one line, and not all of what is very long."""
+    """A value as an error shows it: in one printable line, and not all of what is very long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     try:
@@ -82,7 +74,8 @@ def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> InvalidVal
     """
     allowed = list(allowed)
     hint = nearest(value, allowed)
-    return InvalidValue(f"unknown {kind} {value!r}; {hint}(allowed: {', '.join(allowed)})")
+    said = f"unknown {kind} {shown(value)}{'; ' if hint else ' '}{hint}"
+    return InvalidValue(f"{said}(allowed: {', '.join(allowed)})")
 
 
 def check_name(kind: str, value: object, allowed: Iterable[str]) -> None:

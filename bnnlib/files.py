@@ -1,114 +1,101 @@
 """Files that are written whole or not at all, and read without being trusted.
 
-In: a path. Out: JSON and text of bounded length, a folder that is locked, a file that is whole.
-Next file: `tensors.py`.
+JSON, tables (CSV), and tensors (safetensors); nothing is pickled. A folder can be locked.
 """
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import isfinite
+from math import isnan
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import psutil
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
-from bnnlib.errors import (
-    BnnlibError,
-    CannotWrite,
-    DamagedFile,
-    FolderInUse,
-    InvalidValue,
-    shown,
-)
+from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, InvalidValue, shown
 
 LOCK = ".lock"
+TEMPORARY = ".part"  # ending of a file that is not whole yet
 MAX_TEXT = 64 * 2**20  # bytes of JSON or CSV; ours are kilobytes, long histories megabytes
-MAX_VALUES = 8_000_000  # in it; each takes far more memory than its text, up to 240 bytes
+
+Row = dict[str, float]
 
 # ----------------------------------------------------------------------------------- writing
 
 
 @contextmanager
-def whole_or_absent(path: str | Path) -> Iterator[Path]:
-    """A path to write to; renamed to `path`, flushed to disk, when the block has ended well.
-
-    At any moment, a power cut included, `path` is the old file or the whole new one. Raises
-    CannotWrite where the disk is full, the folder cannot be written to, or another process
-    writes the same file.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+def writing(path: Path) -> Iterator[None]:
+    """Inside the `with` block the system's errors become CannotWrite."""
     try:
-        part.unlink(missing_ok=True)  # never write through a link that lies in its place
-        with part.open("xb") as held:
-            yield part
-            flush(part)
-            if not os.path.samestat(os.fstat(held.fileno()), part.stat()):
-                raise FileExistsError("another process writes it too")
-        part.replace(path)
-        flush(path.parent)
-    except BnnlibError:
-        raise  # some of ours are an OSError too
+        yield
     except OSError as error:
         raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        _remove(part)
 
 
-def flush(path: Path) -> None:
-    """Wait until the file, or the folder's list of names, is on the disk."""
-    if path.is_dir() and os.name != "posix":
+def atomic_write(path: str | Path, content: bytes) -> None:
+    """Write a file so that at any moment, a power cut included, it is the old one or the new one.
+
+    Raises CannotWrite where the disk is full or the folder cannot be written to.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + TEMPORARY)
+    with writing(path):
+        part.unlink(missing_ok=True)  # never write through a link that lies in its place
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder's list of names is on the disk."""
+    if os.name != "posix":
         return  # only POSIX can open a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno != errno.EINVAL:
             raise  # else a disk, often one in a network, that flushes no folders
     finally:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return  # it is incomplete and never read; the first error is the one to report
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    with whole_or_absent(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+def as_folder(name: str, value: str | Path) -> Path:
+    """The path of a folder, "~" replaced; raises InvalidValue for what cannot be one."""
+    if not isinstance(value, str | Path) or value == "" or "\0" in str(value):  # "" would be "."
+        raise InvalidValue(f"{name} must be the path of a folder, got {shown(value)}")
+    return Path(value).expanduser()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are missing."""
-    try:
+    """Make a folder and those above it, where they are missing; raises CannotWrite."""
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(f"{folder} cannot be made: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidValue(f"{str(folder)!r} is no name for a folder: {error}") from error
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside the `with` block no other process has this folder; the lock dies with its holder.
+    """Inside the `with` block no other process has this folder, which is made where it is missing.
 
-    Raises FolderInUse at once where another process holds it.
+    The lock dies with its holder. Raises FolderInUse at once where another process holds it.
     """
-    path = folder / LOCK
-    if path.is_symlink():
-        raise DamagedFile(f"{path} is a link, which bnnlib never makes; remove it")
-    lock = FileLock(path, blocking=False)
+    make_folder(folder)
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
     except Timeout:
@@ -117,101 +104,158 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CannotWrite(f"{path} cannot be locked: {reason}") from error
+        raise CannotWrite(f"{folder / LOCK} cannot be locked: {reason}") from error
     try:
         yield
     finally:
         lock.release()
 
 
-def check_free_disk(folder: Path, needed: int) -> None:
-    """Raise CannotWrite where the disk of an existing `folder` has fewer than `needed` bytes."""
-    free = psutil.disk_usage(str(folder)).free
-    if free < needed:
-        raise CannotWrite(
-            f"{folder} needs about {in_words(needed)} of disk, {in_words(free)} are free; "
-            "free some, or choose a folder on another disk"
-        )
+# ----------------------------------------------------------------------------- text and JSON
 
 
-def in_words(size: int) -> str:
-    """A number of bytes for people: `in_words(1_500_000)` is '1.5 MB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+@contextmanager
+def reading(path: str | Path) -> Iterator[BinaryIO]:
+    """The open file inside the `with` block, where the system's errors become DamagedFile."""
+    try:
+        with Path(path).open("rb") as file:
+            yield file
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
 
 
-# ----------------------------------------------------------------------------------- reading
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; raises DamagedFile where it cannot be read."""
+    with reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file of at most `MAX_TEXT` bytes; raises DamagedFile for another."""
+    with reading(path) as file:
+        content = file.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise DamagedFile(f"{path} is longer than {MAX_TEXT:,} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"{path} is not text in UTF-8: {error.reason}") from error
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    atomic_write(path, f"{text}\n".encode())
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; raises DamagedFile for anything else."""
+    return parse_json(read_text(path), path)
 
 
 def parse_json(text: str, source: object) -> dict[str, Any]:
     """The object that a JSON text describes; `source` names the text in errors.
 
-    Raises DamagedFile for anything else, also for NaN and infinity, which JSON lacks, a name
-    that occurs twice, and more values than `check_length` allows.
+    Raises DamagedFile for anything else, also for NaN and infinity, which JSON lacks.
     """
-    check_length(text, source)
     try:
-        content = json.loads(
-            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
-        )
-    except RecursionError as error:
-        raise DamagedFile(f"{source} is not JSON that can be read: nested too deep") from error
-    except ValueError as error:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{source} is not JSON that can be read: {error}") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{source} holds no JSON object")
     return content
 
 
-def _finite(number: str) -> float:
-    if isfinite(value := float(number)):
-        return value
-    raise ValueError(f"it holds {shown(number)}")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(twice)} occurs twice in one object")
-    return names
+# ----------------------------------------------------------------------------------- tables
 
 
-def check_length(text: str, source: object) -> None:
-    """Raise DamagedFile where a JSON or CSV text holds more than is reasonable to read."""
-    if len(text) > MAX_TEXT:
-        raise DamagedFile(f"{source} is longer than {in_words(MAX_TEXT)}")
-    if sum(map(text.count, "[{,\n")) > MAX_VALUES:
-        raise DamagedFile(f"{source} holds more than {MAX_VALUES:,} values")
+def write_table(path: str | Path, rows: Iterable[Row], columns: list[str], exact: bool) -> None:
+    """Write a CSV file with a header, whole or not at all; what a row lacks stays empty.
+
+    Numbers have nine digits, or all of them if `exact`; whole numbers always have all.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns)
+    writer.writeheader()
+    writer.writerows({k: _cell(v, exact) for k, v in row.items()} for row in rows)
+    atomic_write(path, text.getvalue().encode())
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file of at most `MAX_TEXT` bytes; raises DamagedFile for another."""
-    path = Path(path)
+def _cell(value: float, exact: bool) -> str:
+    if isinstance(value, Integral):
+        return str(int(value))
+    if isnan(value):
+        return ""
+    return repr(float(value)) if exact else f"{value:.9g}"
+
+
+def read_table(path: str | Path) -> list[Row]:
+    """The rows of a CSV file of numbers with a header; empty cells are NaN.
+
+    Raises DamagedFile where a row is longer or shorter than the header, or no row of numbers.
+    """
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_TEXT + 1)
-        if len(content) > MAX_TEXT:
-            raise DamagedFile(f"{path} is longer than {in_words(MAX_TEXT)}")
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise DamagedFile(f"{path} is not text in UTF-8: {error.reason}") from error
-    except OSError as error:
-        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
+        header = next(lines, [])
+        check_columns(header)
+        return [dict(zip(header, map(_number, cells), strict=True)) for cells in lines]
+    except (csv.Error, ValueError) as error:
+        where = f"{path}, line {lines.line_num}"
+        raise DamagedFile(f"{where}: this is no table of numbers: {shown(str(error))}") from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; raises DamagedFile for anything else."""
-    return parse_json(read_text(path), path)
+def check_columns(names: list[str]) -> None:
+    """Raise ValueError unless these are different names, short and safe to show."""
+    for name in names:
+        if not (isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable()):
+            raise ValueError(f"a column has the name {shown(name)}")
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have one name")
+
+
+def _number(cell: str) -> float:
+    """A float, or an int where that would be another number, such as a large seed."""
+    number = float(cell or "nan")
+    return int(cell) if abs(number) >= 2**53 and cell.isdecimal() else number
+
+
+# ----------------------------------------------------------------------------------- tensors
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> bytes:
+    """Tensors by name, and texts beside them, in the safetensors format.
+
+    To be written by `atomic_write`: the library's own `save_file` maps the file into memory,
+    and where the disk is full the process dies of it (SIGBUS).
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(plain, dict(about or {}))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and the texts beside them.
+
+    Raises DamagedFile for another file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies, because what the library returns are views of the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = shown(getattr(error, "strerror", None) or str(error))
+        raise DamagedFile(f"{path} is not a whole safetensors file: {reason}") from error
+
+
+def differing(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that are missing, too many, or of another shape or type than expected."""
+    one, other = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (tensors, expected))
+    return [name for name in other | one if one.get(name) != other.get(name)]
 
 
 def check_is_file(path: Path) -> None:

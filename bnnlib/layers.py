@@ -1,8 +1,7 @@
 """Layers with latent weights, and the batch normalization of the original.
 
-In: a float tensor, (B, C, H, W) or (B, features). Out: the same kind of tensor. A binary
-layer keeps a real-valued *latent* weight in [-1, 1] and computes with its binarization.
-Next file: `precision.py`.
+A binary layer keeps a real-valued *latent* weight in [-1, 1] and computes with its binarization.
+Layers take and give float tensors, (B, C, H, W) or (B, features).
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue, check_name
-from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh, sign
+from bnnlib.kernels import products
+from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh
 
 MODES = ("deterministic", "stochastic", "real")
 STATISTICS = ("running", "batch")
@@ -38,7 +38,7 @@ class BinaryLayer(nn.Module):
         check_name("weight mode", mode, MODES)
         self.mode = mode
         self.generator: torch.Generator | None = None  # for sampling, set by `seed_layers`
-        self.precision = "float32"  # or "mixed" or "half", set by `precision.use_half`
+        self.precision = "float32"  # or "mixed" or "half", set by `precision.set_precision`
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
         self.bias = nn.Parameter(torch.zeros(shape[0]))
         receptive_field = self.weight[0, 0].numel()  # 9 for a 3x3 convolution, else 1
@@ -54,123 +54,19 @@ class BinaryLayer(nn.Module):
             raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
         return binarize_stochastic(self.weight, self.generator)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool, str]:
-        """Input, weight and bias of this call, whether signs are still to be taken, the precision.
+    def operands(self) -> tuple[Tensor, Tensor, bool, str]:
+        """Weight and bias of this call, whether signs are still to be taken, and the precision.
 
         The product takes deterministic signs itself, so as not to keep them; a subclass, or a
-        user, that has another `effective_weight` gets that one. Real weights are never rounded,
-        but by `torch.autocast`, which is followed as `nn.Linear` and `nn.Conv2d` follow it.
+        user, that has another `effective_weight` gets that one. Real weights are never rounded.
         """
         own = getattr(self.effective_weight, "__func__", None) is BinaryLayer.effective_weight
-        signs, precision = own and self.mode == "deterministic", self.precision
-        casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        if not own or self.mode == "real" or casts:
-            precision = "float32"
-        if not casts:
-            return x, self.weight if signs else self.effective_weight(), self.bias, signs, precision
-        # The sign comes first: a small negative number becomes -0.0 in half precision.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), self.effective_weight().to(dtype), self.bias.to(dtype), False, precision
+        signs = own and self.mode == "deterministic"
+        precision = self.precision if own and self.mode != "real" else "float32"
+        return self.weight if signs else self.effective_weight(), self.bias, signs, precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
-
-
-@contextmanager
-def _without_tf32(wanted: bool) -> Iterator[None]:
-    """Inside the `with` block cuDNN does not round float32 to the 11 bits of TF32, if `wanted`.
-
-    By default it does. That keeps +1 and -1, and changes pixels, real weights and gradients.
-    """
-    setting = torch.backends.cudnn.conv
-    before = setting.fp32_precision if wanted else "ieee"
-    if before == "ieee":
-        yield
-        return
-    inherited = before == torch.backends.cudnn.fp32_precision  # it follows that one later, too
-    setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = "none" if inherited else before
-
-
-def _factors(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward pass multiplies: the gradient, the inputs and the weight, or its signs.
-
-    Signs are taken by `binarize`, so that second derivatives go straight through them as well.
-    """
-    x, weight = ctx.saved_tensors
-    if ctx.signs:
-        weight = binarize(weight)
-    if ctx.precision == "float32":
-        return grad, x, weight
-    if torch.is_grad_enabled():  # x was rounded where nobody saw it
-        raise InvalidValue(
-            "second derivatives are taken at precision 'float32' only, got a layer at "
-            f"{ctx.precision!r}"
-        )
-    return grad.bfloat16(), x.bfloat16(), weight.bfloat16()
-
-
-class _Convolution(torch.autograd.Function):
-    """`F.conv2d` with stride 1, at the precision of its layer.
-
-    Where `signs` is true it computes with the signs of the weight, and the gradient of the signs
-    goes straight to the weight, as in `quantizers.binarize`; they are not kept in between.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, signs: bool, precision: str, padding: int) -> Tensor:
-        ctx.padding, ctx.signs, ctx.precision = padding, signs, precision
-        if precision == "half":
-            x = x.half()
-        ctx.save_for_backward(x, weight)
-        if signs:
-            weight = sign(weight)
-        if precision == "half":
-            return F.conv2d(x, weight.half(), padding=padding) + bias.view(-1, 1, 1)
-        with _without_tf32(x.is_cuda and precision == "float32"):
-            return F.conv2d(x, weight, bias, padding=padding)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        # A sum of its own takes much less time than oneDNN's convolution takes for it.
-        grad_bias, kind = grad.sum((0, 2, 3)), grad.dtype
-        grad, x, weight = _factors(ctx, grad)
-        one, border = [1, 1], [ctx.padding, ctx.padding]
-        needed = [*ctx.needs_input_grad[:2], False]
-        with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
-            )
-        grad_x, grad_weight = (g if g is None else g.to(kind) for g in (grad_x, grad_weight))
-        return grad_x, grad_weight, grad_bias, None, None, None
-
-
-class _Linear(torch.autograd.Function):
-    """`F.linear`, with `signs` and `precision` as in `_Convolution`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, signs: bool, precision: str) -> Tensor:
-        ctx.signs, ctx.precision = signs, precision
-        if precision == "half":
-            x = x.half()
-        ctx.save_for_backward(x, weight)
-        if signs:
-            weight = sign(weight)
-        if precision == "half":
-            return F.linear(x, weight.half()) + bias
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_bias, grad_x = grad.sum(0), None
-        grad, x, weight = _factors(ctx, grad)
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).to(grad_bias.dtype)
-        del weight  # as large as the gradient that is next
-        return grad_x, (grad.T @ x).to(grad_bias.dtype), grad_bias, None, None
 
 
 class BinaryLinear(BinaryLayer):
@@ -183,10 +79,7 @@ class BinaryLinear(BinaryLayer):
         super().__init__((out_features, in_features), generator, mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            return _Linear.apply(*self._operands(x))
-        flat = x.reshape(-1, x.shape[-1])  # the gradients are products of matrices
-        return _Linear.apply(*self._operands(flat)).reshape(*x.shape[:-1], len(self.weight))
+        return products.linear(x, *self.operands())
 
 
 class BinaryConv2d(BinaryLayer):
@@ -214,12 +107,10 @@ class BinaryConv2d(BinaryLayer):
         self.pad_value = pad_value
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
         padding = self.padding
         if self.pad_value != 0:
             x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
-        return _Convolution.apply(*self._operands(x), padding)
+        return products.conv2d(x, *self.operands(), padding)
 
 
 class BatchNorm(nn.Module):
@@ -264,14 +155,18 @@ class BatchNorm(nn.Module):
 
 
 class BinaryTanh(nn.Module):
-    """`quantizers.binary_tanh` as a module: any shape, values +1 and -1."""
+    """`quantizers.binary_tanh` as a module, any shape."""
+
+    values = (-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return binary_tanh(x)
 
 
 class BinarySigmoid(nn.Module):
-    """`quantizers.binary_sigmoid` as a module: any shape, values 1 and 0."""
+    """`quantizers.binary_sigmoid` as a module, any shape."""
+
+    values = (0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return binary_sigmoid(x)

@@ -1,7 +1,4 @@
-"""What is minimized and what is counted. In: scores (B, classes) and labels (B,). Out: one number.
-
-Next file: `optim.py`.
-"""
+"""What is minimized and what is counted, from scores (B, classes) and labels (B,)."""
 
 from collections.abc import Iterable
 

@@ -1,8 +1,7 @@
 """BinaryNet for CIFAR-10 and for SVHN, a small one for laptops, and their real-valued twins.
 
-In: images (B, 3, 32, 32) float in [-1, 1]. Out: scores (B, 10). Layers are numbered as in
-the original: `conv1` ... `dense9`, each followed by [pool], [dropout], batch normalization
-and, but for the last, the activation. Next file: `losses.py`.
+Layers are numbered as in the original: `conv1` ... `dense9`, each followed by [pool], [dropout],
+batch normalization and, but for the last, the activation.
 """
 
 from collections import OrderedDict

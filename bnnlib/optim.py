@@ -1,7 +1,4 @@
-"""The original's Adam: a Glorot-scaled rate for each binary layer, then a clip to [-1, 1].
-
-In: a model with gradients. Out: its parameters, moved. Next file: `steps.py`.
-"""
+"""The original's Adam: a Glorot-scaled rate for each binary layer, then a clip to [-1, 1]."""
 
 from collections.abc import Iterable, Sequence
 from math import inf

@@ -1,6 +1,6 @@
-"""Figures of the book. In: data and an `ax`. Out: the same `ax`, drawn on.
+"""Figures of the book: functions of data and an `ax`, which they draw on and return.
 
-`use_book_style` is called once a chapter. Next file: `timings.py`.
+`use_book_style` is called once a chapter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from bnnlib.batches import scale_pixels
 from bnnlib.data import ImageSet
 from bnnlib.errors import InvalidValue
-from bnnlib.history import History
+from bnnlib.training import History
 
 GREY = "#7a7a7a"  # readable on white and on the dark theme
 # Okabe and Ito's colours, which colour-blind readers can tell apart; those too dark or too
@@ -99,22 +99,35 @@ def plot_errors(
     `label` goes before the split's name in the legend. Epochs without evaluation are skipped.
     """
     for split in splits:
-        errors = [(e, v) for e, v in zip(history["epoch"], history[f"{split}_error"], strict=True)]
-        known = [(e, 100 * v) for e, v in errors if not isnan(v)]
         options = {"color": COLOURS[split], "label": f"{label} {split}".strip()} | style
-        ax.plot(*zip(*known, strict=True), **options)
-    _percent_axis(ax, history.chance)
-    ax.set_xlabel("epoch")
+        plot_column([history], f"{split}_error", ax, **options)
     return ax
 
 
 def plot_histories(
     histories: Sequence[History], ax: Axes, splits: Sequence[str] = ("train", "test")
 ) -> Axes:
-    """`plot_errors` of several runs of one kind; the legend names each split once."""
-    for i, history in enumerate(histories):
-        # A label that begins with _ stays out of the legend.
-        plot_errors(history, ax, splits, label="_" * i)
+    """Errors of several runs of one kind, as `plot_errors` draws one; a label for each split."""
+    for split in splits:
+        plot_column(histories, f"{split}_error", ax, split, color=COLOURS[split])
+    return ax
+
+
+def plot_column(
+    histories: Sequence[History], column: str, ax: Axes, label: str, scale: float = 100, **style
+) -> Axes:
+    """One column of several runs against the epoch, times `scale`; the legend names it once.
+
+    Epochs without a value are skipped. Errors get the line of a blind guess.
+    """
+    for history in histories:
+        pairs = zip(history["epoch"], history[column], strict=True)
+        known = [(epoch, scale * value) for epoch, value in pairs if not isnan(value)]
+        ax.plot(*zip(*known, strict=True), label=label, **style)
+        label = "_"  # Matplotlib leaves such a label out of the legend
+    ax.set_xlabel("epoch")
+    if "error" in column:
+        _percent_axis(ax, histories[0].chance)
     return ax
 
 

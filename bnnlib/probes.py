@@ -1,8 +1,4 @@
-"""What happens inside a network while it memorizes.
-
-In: a model, its evaluations, a history. Out: numbers, as columns of a `History` on request.
-Next file: `limits.py`.
-"""
+"""What happens inside a network while it memorizes; on request as columns of a `History`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,9 +8,8 @@ from torch import Tensor, nn
 from bnnlib.batches import Batches, scale_pixels
 from bnnlib.data import ImageSet
 from bnnlib.errors import check_name
-from bnnlib.history import History
 from bnnlib.layers import binary_layers, evaluating
-from bnnlib.train import Evaluation, EvaluationMode, evaluate
+from bnnlib.training import Evaluation, EvaluationMode, History, TrainingState, evaluate
 
 PROBES = ("flips", "saturation", "parts", "modes", "critical")
 CRITICAL_IMAGES = 64  # first training images, for the probe "critical"
@@ -132,26 +127,30 @@ class Recorder:
     The last two are computed when the errors are. Raises InvalidValue for an unknown name.
     """
 
-    def __init__(self, names: Sequence[str], model: nn.Module, train: ImageSet, seed: int):
+    def __init__(self, names: Sequence[str], train: ImageSet, seed: int):
         for name in names:
             check_name("probe", name, PROBES)
         self.names, self.train, self.seed = names, train, seed
-        self.signs = binary_weights(model) if "flips" in names else {}  # as the epoch began
 
-    def __call__(self, model: nn.Module, results: Mapping[str, Evaluation]) -> dict[str, float]:
+    def begin(self, state: TrainingState) -> None:
+        """Note in the state what the first epoch is to be compared with."""
+        if "flips" in self.names:
+            state.signs = binary_weights(state.model)
+
+    def __call__(self, state: TrainingState, results: Mapping[str, Evaluation]) -> dict[str, float]:
         """The columns of one epoch; `results` are its evaluations, none in most epochs."""
         row = {}
         if "flips" in self.names:
-            before, self.signs = self.signs, binary_weights(model)
-            row |= _prefixed("flips_", flip_ratio(before, self.signs))
+            before, state.signs = state.signs, binary_weights(state.model)
+            row |= _prefixed("flips_", flip_ratio(before, state.signs))
         if "saturation" in self.names:
-            row |= _prefixed("saturation_", saturation(model))
+            row |= _prefixed("saturation_", saturation(state.model))
         if not results:
             return row
         if "parts" in self.names:
             row |= _prefixed("train_error_", part_errors(results["train"], self.train))
         if "critical" in self.names:
-            row["critical_sample_ratio"] = self._critical(model)
+            row["critical_sample_ratio"] = self._critical(state.model)
         return row
 
     def _critical(self, model: nn.Module) -> float:

@@ -1,9 +1,8 @@
 """From real numbers to +1/-1 (or 1/0) and back: quantizers with straight-through gradients.
 
-In: a float tensor of any shape. Out: the same shape and dtype, two values only.
-The formulas are those of Hubara et al., "Binarized Neural Networks", NeurIPS 2016
+A quantizer takes a float tensor of any shape and returns the same shape and dtype, two values
+only. The formulas are those of Hubara et al., "Binarized Neural Networks", NeurIPS 2016
 (arXiv:1602.02830), as coded in `binary_net_random_labels.py` of the original.
-Next file: `layers.py`.
 """
 
 import torch

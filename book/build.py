@@ -23,7 +23,7 @@ from nbformat import NotebookNode
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from bnnlib.errors import unknown_name
-from bnnlib.interrupts import signals_to
+from bnnlib.runs.interrupts import signals_to
 from execute import (
     CELL_TIMEOUT,
     BookError,

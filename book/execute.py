@@ -18,8 +18,8 @@ import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from bnnlib.chapters import check_values, read_parameters
 from bnnlib.errors import BnnlibError
+from bnnlib.notebook import check_values, read_parameters
 from notebooks import (
     execution_content,
     merge,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bnnlib.experiments import stored_runs
 from bnnlib.plots import plot_histories, use_book_style
+from bnnlib.runs.folder import stored_runs
 
 PATH = Path(__file__).parent / "_static" / "memorization.png"
 

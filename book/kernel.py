@@ -3,7 +3,7 @@
 So the threads of PyTorch spin as briefly in a notebook as in a run, also
 where a cell imports PyTorch before bnnlib. The variables are not named
 under `env` of the kernelspec, because those override the user's own; bnnlib
-obeys the user (`bnnlib/openmp.py`).
+obeys the user (`bnnlib/process.py`).
 In: nothing. Out: a kernelspec in this environment, for everything that
 starts a kernel: JupyterLab, papermill, the build of the book.
 """

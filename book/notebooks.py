@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from bnnlib.files import make_folder, whole_or_absent
+from bnnlib.files import atomic_write, make_folder
 
 KERNELSPEC = {
     "display_name": "Python 3",
@@ -34,8 +34,7 @@ def text_of(notebook: NotebookNode) -> str:
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write the notebook, whole or not at all."""
     make_folder(path.parent)
-    with whole_or_absent(path) as part:
-        part.write_text(text_of(notebook), encoding="utf-8")
+    atomic_write(path, text_of(notebook).encode())
 
 
 def tags(cell: NotebookNode) -> list[str]:

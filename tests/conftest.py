@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from bnnlib.data import ImageSet
-from bnnlib.experiments import published, run, smoke
+from bnnlib.experiments.originals import published
+from bnnlib.experiments.profiles import smoke
+from bnnlib.experiments.variants import named
 from bnnlib.models import Architecture
-from bnnlib.variants import named
+from bnnlib.runs.run import run
 
 DIGITS = tuple("0123456789")
 

@@ -1,107 +1,177 @@
-"""A training step as one would first write it, which the fast one must agree with.
+"""BinaryNet's training step as one would first write it, with which the library must agree.
 
-`torch.where`, masks of type bool, normalization written out, copies of the old weights, Adam line
-by line, tensors in PyTorch's usual order, numbers on the host. Only the sizes of the network and
-its first weights come from `bnnlib`.
+In NumPy, float64, with no automatic differentiation and no code of `bnnlib`. Only the names of
+the layers, and the numbers they begin with, come from a model.
 """
 
-from math import sqrt
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-import torch
-import torch.nn.functional as F
-
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-
-
-class Sign(torch.autograd.Function):
-    """+1 where x >= 0, else -1; the gradient passes where `inside` is true."""
-
-    @staticmethod
-    def forward(ctx, x, inside):
-        ctx.inside = inside
-        return torch.where(x >= 0, torch.ones_like(x), -torch.ones_like(x))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.where(ctx.inside, grad, torch.zeros_like(grad)), None
+# Each layer gives its output, and its backward pass: from the gradient of the output to those of
+# the layer's own arguments, in their order.
 
 
-def binary_activation(x):
-    return Sign.apply(x, x.abs() <= 1)
+def sign(x):
+    return np.where(x >= 0, 1.0, -1.0)
 
 
-def binary_weight(w):
-    return Sign.apply(w, torch.ones_like(w, dtype=torch.bool))
+def activation(x):
+    return sign(x), lambda grad: [grad * (np.abs(x) <= 1)]  # straight through
 
 
-def normalize(x, weight, bias, eps=1e-4):
-    """The normalized batch, its means and its inverse standard deviations."""
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    mean, var = x.mean(axes), x.var(axes, unbiased=False)
-    inv_std = 1 / torch.sqrt(var + eps)
-    y = (x - mean.view(shape)) * inv_std.view(shape) * weight.view(shape) + bias.view(shape)
-    return y, mean.detach(), inv_std.detach()
+def windows(x, pad_value):
+    """(B, C, H, W) -> (B, C, H, W, 3, 3), the neighbourhood of each pixel."""
+    border = ((0, 0), (0, 0), (1, 1), (1, 1))
+    return sliding_window_view(np.pad(x, border, constant_values=pad_value), (3, 3), axis=(2, 3))
 
 
-class PlainStep:
-    """Trains a copy of a binary network with deterministic weights and binary_tanh."""
+def conv(x, w, b, pad_value):
+    def backward(grad):
+        grad_w = np.einsum("bchwij,bohw->ocij", windows(x, pad_value), grad, optimize=True)
+        # a pixel reaches the outputs around it through the kernel turned by 180 degrees
+        turned = w[:, :, ::-1, ::-1]
+        grad_x = np.einsum("bohwij,ocij->bchw", windows(grad, 0.0), turned, optimize=True)
+        return grad_x, grad_w, grad.sum((0, 2, 3))
 
-    def __init__(self, model):
+    products = np.einsum("bchwij,ocij->bohw", windows(x, pad_value), w, optimize=True)
+    return products + b[:, None, None], backward
+
+
+def dense(x, w, b):
+    return x @ w.T + b, lambda grad: (grad @ w, grad.T @ x, grad.sum(0))
+
+
+def flatten(x):
+    return x.reshape(len(x), -1), lambda grad: [grad.reshape(x.shape)]
+
+
+def pool(x):
+    b, c, h, w = x.shape
+    rows = x.reshape(b, c, h // 2, 2, w // 2, 2).swapaxes(3, 4)
+    squares = rows.reshape(b, c, h // 2, w // 2, 4)  # each 2 x 2 square row by row
+
+    def backward(grad):
+        first = np.eye(4)[squares.argmax(-1)]  # of equal pixels the first takes it all
+        spread = (first * grad[..., None]).reshape(rows.shape)
+        return [spread.swapaxes(3, 4).reshape(x.shape)]
+
+    return squares.max(-1), backward
+
+
+def per_channel(v, x):
+    return v.reshape((1, -1) + (1,) * (x.ndim - 2))
+
+
+def moments(x):
+    """Mean and 1 / std of each channel, with the biased variance."""
+    axes = (0, *range(2, x.ndim))
+    return x.mean(axes), 1 / np.sqrt(x.var(axes) + 1e-4)
+
+
+def norm(x, gamma, beta, mean, inv_std):
+    """With the moments of the batch, or with averages, which have no backward pass."""
+    z = (x - per_channel(mean, x)) * per_channel(inv_std, x)
+
+    def backward(grad):
+        axes, n = (0, *range(2, x.ndim)), x.size // len(gamma)
+        grad_gamma, grad_beta = (grad * z).sum(axes), grad.sum(axes)
+        centred = grad - per_channel(grad_beta, x) / n - z * per_channel(grad_gamma, x) / n
+        return centred * per_channel(gamma * inv_std, x), grad_gamma, grad_beta
+
+    return z * per_channel(gamma, x) + per_channel(beta, x), backward
+
+
+def loss(scores, labels):
+    """The squared hinge, and its gradient."""
+    t = 2 * np.eye(scores.shape[1])[labels] - 1
+    hinge = np.maximum(0, 1 - t * scores)
+    return np.mean(hinge**2), -2 * t * hinge / scores.size
+
+
+class Adam:
+    """Kingma & Ba, section 2, last paragraph, on one array; then the original's stretch and clip.
+
+    The eps of this form is not divided by the bias correction.
+    """
+
+    def __init__(self, scale=1.0, clip=np.inf):
+        self.scale, self.clip = scale, clip
+        self.m = self.v = self.t = 0
+
+    def step(self, p, grad, lr):
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * grad
+        self.v = 0.999 * self.v + 0.001 * grad**2
+        rate = lr * np.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
+        new = p - rate * self.m / (np.sqrt(self.v) + 1e-8)
+        return np.clip(p + self.scale * (new - p), -self.clip, self.clip)
+
+
+def adam_of(name, p):
+    """The optimizer of a parameter; a latent weight moves by Glorot's scale, and is clipped."""
+    if not name.endswith("weight") or name.startswith("norm"):
+        return Adam()
+    outputs, inputs, *kernel = p.shape
+    return Adam(np.sqrt((outputs + inputs) * np.prod(kernel) / 1.5), clip=1.0)
+
+
+class Twin:
+    """Network, gradients and optimizer; all numbers are in dicts with the names of the model's."""
+
+    def __init__(self, model, pad_value=0.0):
         self.layers = [name for name, _ in model.named_children()]
-        self.scales = {
-            f"{name}.weight": layer.lr_scale
-            for name, layer in model.named_children()
-            if hasattr(layer, "lr_scale")
-        }
-        self.state = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in model.state_dict().items()
-        }
-        trained = [name for name, _ in model.named_parameters()]
-        self.parameters = {name: self.state[name].requires_grad_() for name in trained}
-        self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.t = 0
+        state = {k: v.numpy().astype(np.float64) for k, v in model.state_dict().items()}
+        self.p = {k: v for k, v in state.items() if "running" not in k}
+        self.averages = {k: v for k, v in state.items() if "running" in k}
+        self.optimizers = {k: adam_of(k, v) for k, v in self.p.items()}
+        self.pad_value = pad_value
 
-    def forward(self, x):
+    def forward(self, x, training=True):
+        """The scores; for `backward` it keeps how each layer goes back."""
+        self.ways_back = {}
         for name in self.layers:
-            weight, bias = self.state.get(f"{name}.weight"), self.state.get(f"{name}.bias")
-            if name.startswith("conv"):
-                x = F.conv2d(x, binary_weight(weight), bias, padding=1)
-            elif name.startswith("dense"):
-                x = F.linear(x, binary_weight(weight), bias)
-            elif name.startswith("pool"):
-                x = F.max_pool2d(x, 2)
-            elif name.startswith("act"):
-                x = binary_activation(x)
-            elif name == "flatten":
-                x = x.flatten(1)
-            else:
-                x, mean, inv_std = normalize(x, weight, bias)
-                self.average(f"{name}.running_mean", mean)
-                self.average(f"{name}.running_inv_std", inv_std)
+            x, self.ways_back[name] = self.layer(name, x, training)
         return x
 
-    def average(self, name, new):
-        self.state[name] = 0.9 * self.state[name] + 0.1 * new
+    def layer(self, name, x, training):
+        w, b = self.p.get(f"{name}.weight"), self.p.get(f"{name}.bias")
+        match name.rstrip("0123456789"):
+            case "conv":
+                return conv(x, sign(w), b, self.pad_value)
+            case "dense":
+                return dense(x, sign(w), b)
+            case "norm":
+                return norm(x, w, b, *self.statistics(name, x, training))
+            case "pool":
+                return pool(x)
+            case "act":
+                return activation(x)
+            case "flatten":
+                return flatten(x)
 
-    def __call__(self, x, labels, lr):
-        logits = self.forward(x)
-        targets = 2 * F.one_hot(labels, logits.shape[1]) - 1
-        loss = torch.clamp(1 - targets * logits, min=0).pow(2).mean()
-        grads = torch.autograd.grad(loss, list(self.parameters.values()))
-        self.t += 1
-        with torch.no_grad():
-            for (name, p), grad in zip(self.parameters.items(), grads, strict=True):
-                self.update(name, p, grad, lr)
-        return loss.item()
+    def statistics(self, name, x, training):
+        keys = [f"{name}.running_mean", f"{name}.running_inv_std"]
+        if not training:
+            return [self.averages[key] for key in keys]
+        for key, value in zip(keys, moments(x), strict=True):
+            self.averages[key] = 0.9 * self.averages[key] + 0.1 * value
+        return moments(x)
 
-    def update(self, name, p, grad, lr):
-        old = p.clone()
-        self.m[name] = BETA1 * self.m[name] + (1 - BETA1) * grad
-        self.v[name] = BETA2 * self.v[name] + (1 - BETA2) * grad**2
-        rate = lr * sqrt(1 - BETA2**self.t) / (1 - BETA1**self.t)
-        p -= rate * self.m[name] / (self.v[name].sqrt() + EPS)
-        if name in self.scales:  # the original's form: stretch the move, then clip
-            p.copy_(torch.clamp(old + self.scales[name] * (p - old), -1, 1))
+    def backward(self, grad):
+        """The gradient of every parameter, from that of the scores; last layer first."""
+        grads = {}
+        for name in reversed(self.layers):
+            grad, *own = self.ways_back[name](grad)
+            grads |= zip((f"{name}.weight", f"{name}.bias")[: len(own)], own, strict=True)
+        return grads
+
+    def update(self, grads, lr):
+        for name, grad in grads.items():
+            self.p[name] = self.optimizers[name].step(self.p[name], grad, lr)
+
+    def train(self, x, labels, lr):
+        """One step; returns the loss and the number of mistakes before it."""
+        scores = self.forward(x)
+        value, grad = loss(scores, labels)
+        self.update(self.backward(grad), lr)
+        return value, int((scores.argmax(1) != labels).sum())

@@ -1,6 +1,9 @@
+"""Binary layers, batch normalization and dropout, each against PyTorch's or NumPy's own."""
+
 import copy
 
 import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,6 @@ from bnnlib.layers import (
     BatchNorm,
     BinaryConv2d,
     BinaryLinear,
-    BinarySigmoid,
-    BinaryTanh,
     Dropout,
     binarize_parameters_,
     binary_layers,
@@ -20,7 +21,7 @@ from bnnlib.layers import (
     seed_layers,
 )
 from bnnlib.models import binarynet
-from bnnlib.quantizers import binary_sigmoid, binary_tanh, sign
+from bnnlib.quantizers import sign
 
 MODES = ["deterministic", "stochastic", "real"]
 
@@ -34,15 +35,9 @@ def conv(mode="deterministic", pad_value=0.0, kernel_size=3, seed=0):
     return BinaryConv2d(3, 4, kernel_size, pad_value, generator=generator, mode=mode)
 
 
-@pytest.fixture
-def batch(generator):
-    """Makes one batch that fits the layer."""
-
-    def make(layer):
-        shape = (6, 7) if isinstance(layer, BinaryLinear) else (6, 3, 5, 5)
-        return torch.randn(shape, generator=generator)
-
-    return make
+def batch_for(layer):
+    shape = (6, 7) if isinstance(layer, BinaryLinear) else (6, 3, 5, 5)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def with_weight(layer, weight, x):
@@ -65,66 +60,50 @@ class TestBinaryLayers:
         assert torch.equal(layer.weight, again.weight)
         assert not torch.equal(layer.weight, other.weight)
 
-    def test_deterministic_is_pytorchs_layer_fed_the_signs(self, make, batch):
-        layer = make()
-        nn.init.uniform_(layer.bias)
-        x = batch(layer)
-        assert torch.equal(layer(x), with_weight(layer, sign(layer.weight), x))
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("mode", ["deterministic", "real"])
+    def test_it_is_pytorchs_layer_of_signs_or_latent_weights(self, make, mode, memory_format):
+        layer = make(mode)
+        x = batch_for(layer)
+        if x.dim() == 4:
+            layer, x = layer.to(memory_format=memory_format), x.to(memory_format=memory_format)
+        layer.bias.data.copy_(torch.linspace(-1, 1, len(layer.bias)))
+        weight = layer.weight.detach()
+        weight = (sign(weight) if mode == "deterministic" else weight).requires_grad_()
+        ours, theirs = layer(x.requires_grad_()), with_weight(layer, weight, x)
+        assert torch.equal(ours, theirs)
+        found = torch.autograd.grad(ours.square().sum(), (x, layer.weight, layer.bias))
+        expected = torch.autograd.grad(theirs.square().sum(), (x, weight, layer.bias))
+        assert all(map(torch.equal, found[:2], expected[:2]))
+        torch.testing.assert_close(found[2], expected[2])  # summed in another order
 
-    def test_real_is_pytorchs_layer_fed_the_latent_weight(self, make, batch):
-        layer = make(mode="real")
-        x = batch(layer)
-        assert torch.equal(layer(x), with_weight(layer, layer.weight, x))
-
-    def test_gradient_of_the_latent_weight_is_that_of_its_sign(self, make, batch):
-        layer = make()
-        x, signs = batch(layer), sign(layer.weight.detach()).requires_grad_()
-        layer(x).square().sum().backward()
-        with_weight(layer, signs, x).square().sum().backward()
-        assert torch.equal(layer.weight.grad, signs.grad)
-
-    def test_stochastic_weights_are_samples_of_the_seeded_generator(self, make, batch):
+    def test_stochastic_weights_are_samples_of_the_seeded_generator(self, make):
         layer = make(mode="stochastic")
-        x = batch(layer)
+        x = batch_for(layer)
         first, second = seed_layers(layer, 3)(x), layer(x)
         assert not torch.equal(first, second)
         assert torch.equal(seed_layers(layer, 3)(x), first)
         assert not torch.equal(seed_layers(layer, 4)(x), first)
         assert set(layer.effective_weight().flatten().tolist()) == {-1.0, 1.0}
 
-    def test_stochastic_weights_that_are_saturated_are_deterministic(self, make, batch):
-        layer = binarize_parameters_(seed_layers(make(mode="stochastic"), 3))
-        x = batch(layer)
-        assert all(torch.equal(layer.effective_weight(), layer.weight) for _ in range(50))
-        assert torch.equal(layer(x), with_weight(layer, layer.weight, x))
-
-    def test_stochastic_weights_without_a_generator_are_refused(self, make, batch):
+    def test_random_weights_without_a_generator_are_refused(self, make):
         layer = make(mode="stochastic")
         with pytest.raises(InvalidValue, match="seed_layers"):
-            layer(batch(layer))
+            layer(batch_for(layer))
 
     def test_unknown_mode_is_refused_with_the_nearest(self, make):
         with pytest.raises(InvalidValue, match="'stochastics'; did you mean 'stochastic'"):
             make(mode="stochastics")
 
     def test_description_says_shape_and_mode(self, make):
-        assert str(tuple(make().weight.shape)) in repr(make(mode="real"))
-        assert "real" in repr(make(mode="real"))
-
-
-@pytest.mark.parametrize(
-    ("layer", "fan_in", "fan_out"),
-    [(linear(), 7, 5), (conv(), 9 * 3, 9 * 4), (conv(kernel_size=5), 25 * 3, 25 * 4)],
-)
-def test_learning_rate_is_scaled_by_the_inverse_of_glorots_bound(layer, fan_in, fan_out):
-    assert layer.lr_scale == pytest.approx(((fan_in + fan_out) / 1.5) ** 0.5)
+        assert f"{tuple(make().weight.shape)}, mode='real'" in repr(make(mode="real"))
 
 
 @pytest.mark.parametrize("pad_value", [0.0, 1.0, -1.0])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_border_is_filled_with_the_pad_value(pad_value, kernel_size, batch):
+def test_border_is_filled_with_the_pad_value(pad_value, kernel_size):
     layer = conv(pad_value=pad_value, kernel_size=kernel_size)
-    x, border = batch(layer), (kernel_size // 2,) * 2
+    x, border = batch_for(layer), (kernel_size // 2,) * 2
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), border, border), constant_values=pad_value)
     expected = F.conv2d(torch.from_numpy(padded), sign(layer.weight), layer.bias)
     assert layer(x).shape == (6, 4, 5, 5)
@@ -137,24 +116,7 @@ def test_an_even_kernel_is_refused(kernel_size):
         conv(kernel_size=kernel_size)
 
 
-@pytest.mark.parametrize(
-    ("module", "function"), [(BinaryTanh(), binary_tanh), (BinarySigmoid(), binary_sigmoid)]
-)
-def test_activation_modules_are_their_functions(module, function, generator):
-    x = torch.randn(20, generator=generator)
-    assert torch.equal(module(x), function(x))
-
-
 # --------------------------------------------------------------------- batch normalization
-
-
-def normalized(x, gamma, beta, eps):
-    """Output, mean and 1/std by NumPy, with the biased variance."""
-    axes = tuple(i for i in range(x.ndim) if i != 1)
-    channel = (1, -1) + (1,) * (x.ndim - 2)
-    mean, inv_std = x.mean(axes), 1 / np.sqrt(x.var(axes) + eps)
-    centred = x - mean.reshape(channel)
-    return centred * (inv_std * gamma).reshape(channel) + beta.reshape(channel), mean, inv_std
 
 
 @pytest.fixture
@@ -165,72 +127,55 @@ def norm(generator):
     return layer
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3, 2)])
-def test_batch_norm_and_its_averages_agree_with_numpy(norm, shape):
-    rng = np.random.default_rng(0)
-    gamma, beta = norm.weight.detach().numpy(), norm.bias.detach().numpy()
-    mean_average, inv_std_average = np.zeros(4), np.ones(4)  # start values
-    for scale in (3.0, 0.01, 5.0):
-        x = scale * rng.standard_normal(shape) + 2
-        y, mean, inv_std = normalized(x, gamma, beta, eps=1e-4)
-        np.testing.assert_allclose(norm(torch.from_numpy(x)).detach(), y, rtol=1e-10)
-        mean_average = 0.9 * mean_average + 0.1 * mean
-        inv_std_average = 0.9 * inv_std_average + 0.1 * inv_std
-        np.testing.assert_allclose(norm.running_mean, mean_average, rtol=1e-12)
-        np.testing.assert_allclose(norm.running_inv_std, inv_std_average, rtol=1e-12)
+def by_numpy(norm, x, mean, inv_std):
+    weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    return plain.norm(x, weight, bias, mean, inv_std)[0]
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3, 2)])
-def test_evaluation_uses_the_averages_and_leaves_them(norm, shape, generator):
-    norm.running_mean.copy_(torch.tensor([0.0, 1, 2, 3]))
-    norm.running_inv_std.copy_(torch.tensor([1.0, 2, 0.5, 0.1]))
-    before = copy.deepcopy(norm.state_dict())
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    y = norm.eval()(x)
-    channel = (1, 4) + (1,) * (x.dim() - 2)
-    mean, inv_std, gamma, beta = (
-        t.view(channel) for t in (norm.running_mean, norm.running_inv_std, norm.weight, norm.bias)
-    )
-    torch.testing.assert_close(y, (x - mean) * inv_std * gamma + beta)
-    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+class TestBatchNorm:
+    def test_output_and_averages_agree_with_numpy(self, norm, shape):
+        rng = np.random.default_rng(0)
+        averages = {"running_mean": np.zeros(4), "running_inv_std": np.ones(4)}  # at the start
+        for scale in (3.0, 0.01, 5.0):
+            x = scale * rng.standard_normal(shape) + 2
+            y, moments = norm(torch.from_numpy(x)), plain.moments(x)
+            np.testing.assert_allclose(y.detach(), by_numpy(norm, x, *moments), rtol=1e-10)
+            for name, moment in zip(averages, moments, strict=True):
+                averages[name] = 0.9 * averages[name] + 0.1 * moment
+        found = dict(norm.named_buffers())
+        assert set(found) == set(averages)
+        for name, average in averages.items():
+            assert not found[name].requires_grad
+            np.testing.assert_allclose(found[name], average, rtol=1e-12)
 
-
-@pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3, 2)])
-def test_evaluation_with_statistics_of_the_batch_agrees_with_numpy(norm, shape):
-    norm.running_mean.fill_(7)
-    before = copy.deepcopy(norm.state_dict())
-    x = 3 * np.random.default_rng(0).standard_normal(shape) + 2
-    with evaluating(norm, statistics="batch"):
-        y = norm(torch.from_numpy(x)).detach()
-    gamma, beta = norm.weight.detach().numpy(), norm.bias.detach().numpy()
-    np.testing.assert_allclose(y, normalized(x, gamma, beta, eps=1e-4)[0], rtol=1e-10)
-    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
-
-
-def test_averages_are_buffers_without_gradient(norm):
-    norm(torch.randn(6, 4, dtype=torch.float64)).sum().backward()
-    assert {name for name, _ in norm.named_buffers()} == {"running_mean", "running_inv_std"}
-    assert not norm.running_mean.requires_grad
-    assert not norm.running_inv_std.requires_grad
+    @pytest.mark.parametrize("statistics", ["running", "batch"])
+    def test_evaluation_uses_the_statistics_asked_for_and_leaves_them(
+        self, norm, shape, statistics
+    ):
+        norm.running_mean.copy_(torch.tensor([0.0, 1, 2, 3]))
+        norm.running_inv_std.copy_(torch.tensor([1.0, 2, 0.5, 0.1]))
+        before = copy.deepcopy(norm.state_dict())
+        x = 3 * np.random.default_rng(0).standard_normal(shape) + 2
+        with evaluating(norm, statistics=statistics):
+            y = norm(torch.from_numpy(x)).detach()
+        averages = norm.running_mean.numpy(), norm.running_inv_std.numpy()
+        used = averages if statistics == "running" else plain.moments(x)
+        np.testing.assert_allclose(y, by_numpy(norm, x, *used), rtol=1e-10)
+        assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
 
 
 # --------------------------------------------------------------------------------- dropout
 
 
 @pytest.mark.parametrize("p", [0.25, 0.5])
-def test_dropout_zeroes_a_share_p_and_scales_the_rest(p):
-    layer = Dropout(p)
-    layer.generator = torch.Generator().manual_seed(0)
-    y = layer(torch.ones(40_000))
+def test_dropout_zeroes_a_share_p_decided_by_the_seed_and_scales_the_rest(p):
+    model, x = nn.Sequential(Dropout(p), nn.Linear(1, 1)), torch.ones(40_000)
+    y, other = seed_layers(model, 3)[0](x), model[0](x)
+    assert torch.equal(seed_layers(model, 3)[0](x), y)
+    assert not torch.equal(y, other)
     assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
     assert abs((y == 0).double().mean().item() - p) < 5 * (p * (1 - p) / 40_000) ** 0.5
-
-
-def test_dropped_entries_are_those_of_the_seed():
-    model, x = nn.Sequential(nn.Linear(50, 50), Dropout(0.5)), torch.ones(4, 50)
-    first, second = seed_layers(model, 3)(x), model(x)
-    assert torch.equal(seed_layers(model, 3)(x), first)
-    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("layer", [Dropout(0.5).eval(), Dropout(0.0)])
@@ -239,31 +184,20 @@ def test_nothing_is_dropped_in_evaluation_or_with_probability_0(layer):
     assert layer(x) is x
 
 
-@pytest.mark.parametrize("p", [-0.1, 1, 1.5, float("nan")])
-def test_a_probability_outside_0_to_1_is_refused(p):
-    with pytest.raises(InvalidValue, match=rf"\[0, 1\), got {p}"):
-        Dropout(p)
-
-
-def test_dropout_without_a_generator_is_refused():
+def test_dropout_without_a_generator_or_a_probability_is_refused():
     with pytest.raises(InvalidValue, match="seed_layers"):
         Dropout(0.5)(torch.ones(3))
+    for p in (-0.1, 1, float("nan")):
+        with pytest.raises(InvalidValue, match=rf"\[0, 1\), got {p}"):
+            Dropout(p)
 
 
 # ---------------------------------------------------------------------------- whole networks
 
 
 @pytest.fixture
-def model(tiny, generator):
-    return binarynet(tiny, generator=generator)
-
-
-def modes(model):
-    return [layer.mode for layer in binary_layers(model)]
-
-
-def test_binary_layers_come_from_input_to_output(model):
-    assert binary_layers(model) == [model.conv1, model.conv2, model.dense3, model.dense4]
+def images():
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -286,17 +220,17 @@ def states(model):
 @pytest.mark.parametrize("statistics", ["running", "batch"])
 @pytest.mark.parametrize("weights", [None, *MODES])
 def test_evaluating_holds_inside_the_block_and_is_undone_also_by_an_error(
-    mixed, weights, statistics, generator
+    mixed, weights, statistics, images
 ):
-    x = torch.randn(5, 3, 8, 8, generator=generator)
     before, parameters = states(mixed), copy.deepcopy(mixed.state_dict())
     with evaluating(mixed, weights, statistics) as same:
         assert same is mixed
         assert not any(module.training for module in mixed.modules())
-        expected = ["stochastic", "real", "stochastic", "stochastic"]
-        assert modes(mixed) == ([weights] * 4 if weights else expected)
+        as_before = ["stochastic", "real", "stochastic", "stochastic"]
+        modes = [layer.mode for layer in binary_layers(mixed)]
+        assert modes == ([weights] * 4 if weights else as_before)
         assert {mixed.norm1.statistics, mixed.norm4.statistics} == {statistics}
-        mixed(x)
+        mixed(images)
     assert states(mixed) == before
     with pytest.raises(ZeroDivisionError), evaluating(mixed, weights, statistics):
         1 / 0  # noqa: B018
@@ -304,12 +238,10 @@ def test_evaluating_holds_inside_the_block_and_is_undone_also_by_an_error(
     assert all(torch.equal(p, parameters[key]) for key, p in mixed.state_dict().items())
 
 
-def test_stochastic_evaluation_is_decided_by_its_seed_and_samples_at_each_pass(mixed, generator):
-    x = torch.randn(5, 3, 8, 8, generator=generator)
-
+def test_stochastic_evaluation_is_decided_by_its_seed_and_samples_at_each_pass(mixed, images):
     def passes(seed):
         with evaluating(mixed, "stochastic", seed=seed):
-            return torch.stack([mixed(x), mixed(x)])
+            return torch.stack([mixed(images), mixed(images)])
 
     first, second = passes(3)
     assert not torch.equal(first, second)
@@ -319,26 +251,26 @@ def test_stochastic_evaluation_is_decided_by_its_seed_and_samples_at_each_pass(m
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"weights": "determinist"}, "did you mean 'deterministic'"),
-        ({"statistics": "bach"}, "did you mean 'batch'"),
-    ],
+    ("settings", "nearest"),
+    [({"weights": "determinist"}, "deterministic"), ({"statistics": "bach"}, "batch")],
 )
-def test_unknown_ways_to_evaluate_are_refused_with_the_nearest(model, settings, text):
-    with pytest.raises(InvalidValue, match=text), evaluating(model, **settings):
+def test_unknown_ways_to_evaluate_are_refused_with_the_nearest(mixed, settings, nearest):
+    refused = pytest.raises(InvalidValue, match=f"did you mean '{nearest}'")
+    with refused, evaluating(mixed, **settings):
         pytest.fail("the block must not be entered")
 
 
-def test_binarizing_the_parameters_replaces_weights_only_and_changes_no_output(model, generator):
-    x = torch.randn(5, 3, 8, 8, generator=generator)
-    model(x)  # moves the averages away from their start
+def test_binarizing_the_parameters_replaces_weights_only_and_changes_no_output(
+    tiny, generator, images
+):
+    model = binarynet(tiny, generator=generator)
+    model(images)  # moves the averages away from their start
     model.eval()
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, :2] = torch.tensor([0.0, -0.0])
-    before, y = copy.deepcopy(model.state_dict()), model(x)
+    before, y = copy.deepcopy(model.state_dict()), model(images)
     assert binarize_parameters_(model) is model
-    assert torch.equal(model(x), y)
+    assert torch.equal(model(images), y)
     assert model.conv1.weight[0, 0, 0, :2].tolist() == [1, 1]
     latent = {f"{name}.weight" for name in ("conv1", "conv2", "dense3", "dense4")}
     for key, value in model.state_dict().items():

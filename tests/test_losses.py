@@ -4,12 +4,18 @@ import torch
 from bnnlib.losses import error_rate, l2_penalty, mistakes, squared_hinge_loss
 
 
-def test_two_samples_by_hand():
-    logits = torch.tensor([[0.5, -2.0, 0.0], [1.0, 0.25, -1.0]])
-    labels = torch.tensor([0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_and_gradient_by_hand(dtype):
+    logits = torch.tensor([[0.5, -2, 0], [1, 0.25, -1]], dtype=dtype, requires_grad=True)
+    loss = squared_hinge_loss(logits, torch.tensor([0, 1]))
+    loss.backward()
     # label 0: (1 - 0.5)^2 = 0.25, (1 - 2)+ = 0, (1 + 0)^2 = 1
     # label 1: (1 + 1)^2 = 4, (1 - 0.25)^2 = 0.5625, (1 - 1)+ = 0
-    assert squared_hinge_loss(logits, labels).item() == (0.25 + 1 + 4 + 0.5625) / 6
+    assert loss.item() == pytest.approx((0.25 + 1 + 4 + 0.5625) / 6)
+    assert (loss.dtype, loss.shape) == (dtype, ())
+    # -2 t max(0, 1 - t y) / 6
+    expected = torch.tensor([[-1, 0, 2], [4, -1.5, 0]], dtype=dtype) / 6
+    torch.testing.assert_close(logits.grad, expected)
 
 
 @pytest.mark.parametrize(("output", "loss"), [(-0.8, 0.36), (-1.0, 0.4), (0.0, 1.0)])
@@ -18,30 +24,13 @@ def test_loss_of_a_constant_output(output, loss):
     assert squared_hinge_loss(logits, labels).item() == pytest.approx(loss)
 
 
-def test_gradient_by_hand():
-    logits = torch.tensor([[0.5, -2.0, 0.0]], requires_grad=True)
-    squared_hinge_loss(logits, torch.tensor([0])).backward()
-    # -2 t max(0, 1 - t y) / 3
-    torch.testing.assert_close(logits.grad, torch.tensor([[-1 / 3, 0, 2 / 3]]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_has_the_type_of_the_scores(dtype):
-    loss = squared_hinge_loss(torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 1]))
-    assert loss.dtype == dtype
-    assert loss.shape == ()
-
-
 def test_l2_penalty_is_the_sum_of_squares_without_a_half():
-    one, other = torch.tensor([[1.0, -2], [0, 3]]), torch.tensor([0.5])
-    assert l2_penalty([one, other]).item() == 1 + 4 + 0 + 9 + 0.25
+    one, other = torch.tensor([[1.0, -2], [0, 3]], requires_grad=True), torch.tensor([0.5])
+    penalty = l2_penalty([one, other])
+    penalty.backward()
+    assert penalty.item() == 1 + 4 + 0 + 9 + 0.25
+    assert one.grad.tolist() == [[2, -4], [0, 6]]
     assert l2_penalty([]) == 0
-
-
-def test_gradient_of_the_l2_penalty_is_twice_the_parameter():
-    p = torch.tensor([1.0, -2, 0], requires_grad=True)
-    l2_penalty([p]).backward()
-    assert p.grad.tolist() == [2, -4, 0]
 
 
 def test_mistakes_and_their_share():

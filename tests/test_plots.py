@@ -7,21 +7,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from bnnlib import plots
 from bnnlib.batches import scale_pixels
 from bnnlib.corruption import gaussian_inputs
 from bnnlib.errors import InvalidValue
-from bnnlib.history import History
-from bnnlib.plots import (
-    plot_class_errors,
-    plot_errors,
-    plot_histories,
-    plot_levels,
-    plot_quantizer,
-    plot_weights,
-    show_images,
-    use_book_style,
-)
 from bnnlib.quantizers import binary_sigmoid, binary_tanh
+from bnnlib.training import History
 
 HISTORY = History(
     [
@@ -31,6 +22,7 @@ HISTORY = History(
         {"epoch": 4, "train_error": 0.25, "test_error": 0.875},
     ]
 )
+TRAIN, TEST = [[2, 50], [4, 25]], [[2, 90], [4, 87.5]]
 
 
 @pytest.fixture
@@ -39,9 +31,9 @@ def ax():
 
 
 def lines(ax):
-    """The drawn lines by label, as lists of points; the line of the blind guess apart."""
+    """Label and points of each drawn line; the line of the blind guess apart."""
     drawn = [line for line in ax.lines if line.get_gid() != "chance"]
-    return {line.get_label(): line.get_xydata().tolist() for line in drawn}
+    return [(line.get_label(), line.get_xydata().tolist()) for line in drawn]
 
 
 def chance(ax):
@@ -49,83 +41,82 @@ def chance(ax):
 
 
 def test_errors_are_percents_of_the_evaluated_epochs(ax):
-    assert plot_errors(HISTORY, ax) is ax
-    assert lines(ax) == {"train": [[2, 50], [4, 25]], "test": [[2, 90], [4, 87.5]]}
+    assert plots.plot_errors(HISTORY, ax) is ax
+    assert lines(ax) == [("train", TRAIN), ("test", TEST)]
     assert ax.get_xlabel() == "epoch"
     assert "%" in ax.get_ylabel()
 
 
 def test_a_second_history_gets_its_label_and_no_second_line_of_chance(ax):
-    plot_errors(HISTORY, ax, splits=["train"])
-    plot_errors(HISTORY, ax, splits=["train"], label="twin", linestyle=":")
-    assert list(lines(ax)) == ["train", "twin train"]
+    plots.plot_errors(HISTORY, ax, splits=["train"])
+    plots.plot_errors(HISTORY, ax, splits=["train"], label="twin", linestyle=":")
+    assert lines(ax) == [("train", TRAIN), ("twin train", TRAIN)]
     assert ax.lines[-1].get_linestyle() == ":"
     assert chance(ax) == [90]
 
 
 def test_chance_is_that_of_the_classes(ax):
     four = History([row | {f"test_error_class_{i}": nan for i in range(4)} for row in HISTORY.rows])
-    plot_errors(four, ax)
-    plot_class_errors({"test": (0.1, 0.2)}, "ab", ax)
-    plot_levels([0, 1], {"test": [0.1, 0.8]}, ax, chance=0.8)
-    assert chance(ax) == [75, 50, 80]
+    plots.plot_errors(four, ax)
+    plots.plot_class_errors({"test": (0.1, 0.2)}, "ab", ax)
+    plots.plot_levels([0, 1], {"test": [0.1, 0.8]}, ax, chance=0.8)
+    plots.plot_histories([HISTORY], ax)
+    assert chance(ax) == [75, 50, 80, 90]
 
 
 def test_a_split_that_the_history_lacks_is_refused(ax):
     with pytest.raises(InvalidValue, match="unknown history column 'valid_error'"):
-        plot_errors(HISTORY, ax, splits=["valid"])
-
-
-def test_levels_are_drawn_in_percent(ax):
-    assert plot_levels([0, 0.5, 1], {"train": [0, 0, 0.01], "test": [0.1, 0.5, 0.9]}, ax) is ax
-    assert lines(ax)["test"] == [[0, 10], [50, 50], [100, 90]]
-    assert lines(ax)["train"] == [[0, 0], [50, 0], [100, 1]]
-    assert chance(ax) == [90]
+        plots.plot_errors(HISTORY, ax, splits=["valid"])
 
 
 def test_several_histories_are_named_once(ax):
-    assert plot_histories([HISTORY, HISTORY], ax) is ax
-    drawn = [line for line in ax.lines if line.get_gid() != "chance"]
-    assert len(drawn) == 4
+    assert plots.plot_histories([HISTORY, HISTORY], ax) is ax
+    assert [points for _, points in lines(ax)] == [TRAIN, TRAIN, TEST, TEST]
     assert ax.get_legend_handles_labels()[1] == ["train", "test"]
 
 
-def test_levels_show_the_mean_of_the_seeds_and_their_range(ax):
-    plot_levels([0, 1], {"test": np.array([[0.1, 0.3], [0.5, 0.9]])}, ax)
-    assert lines(ax)["test"] == [[0, pytest.approx(20)], [100, pytest.approx(70)]]
-    corners = {tuple(np.round(corner)) for corner in ax.collections[0].get_paths()[0].vertices}
+def test_a_column_is_drawn_where_it_has_values(ax):
+    rows = [{"epoch": 1, "flips": 0.5}, {"epoch": 2}, {"epoch": 3, "flips": 0.25}]
+    assert plots.plot_column([History(rows)], "flips", ax, "sign flips", scale=1, color="red") is ax
+    assert lines(ax) == [("sign flips", [[1, 0.5], [3, 0.25]])]
+
+
+def test_levels_are_drawn_in_percent_with_the_mean_of_the_seeds_and_their_range(ax):
+    errors = {"train": [0, 0.01], "test": np.array([[0.1, 0.3], [0.5, 0.9]])}
+    assert plots.plot_levels([0, 1], errors, ax) is ax
+    train, test = (points for _, points in lines(ax))
+    assert train == [[0, 0], [100, 1]]
+    assert test == [[0, pytest.approx(20)], [100, pytest.approx(70)]]
+    corners = {tuple(np.round(corner)) for corner in ax.collections[1].get_paths()[0].vertices}
     assert corners == {(0, 10), (0, 30), (100, 50), (100, 90)}
 
 
 def test_class_errors_are_bars_side_by_side(ax):
     errors = {"train": (0.1, 0.2, 0.3), "test": (0.9, 0.8, 1.0)}
-    assert plot_class_errors(errors, "abc", ax) is ax
+    assert plots.plot_class_errors(errors, "abc", ax) is ax
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([10, 20, 30, 90, 80, 100])
     edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches)
     assert all(b[0] >= a[1] - 1e-9 for a, b in pairwise(edges))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
-
-
-def test_class_errors_need_a_value_for_each_class(ax):
     with pytest.raises(InvalidValue, match="3 class errors"):
-        plot_class_errors({"train": (0.1, 0.2)}, "abc", ax)
+        plots.plot_class_errors({"train": (0.1, 0.2)}, "abc", ax)
 
 
 @pytest.mark.parametrize(
     ("quantizer", "values", "slope"), [(binary_tanh, {-1, 1}, 1), (binary_sigmoid, {0, 1}, 0.5)]
 )
 def test_a_quantizer_is_drawn_with_the_slope_of_its_backward_pass(ax, quantizer, values, slope):
-    assert plot_quantizer(quantizer, ax, limit=2) is ax
-    drawn = lines(ax)
-    assert {y for _, y in drawn["value"]} == values
+    assert plots.plot_quantizer(quantizer, ax, limit=2) is ax
+    (_, value), (_, slopes) = lines(ax)
+    assert {y for _, y in value} == values
     # 0.004 apart, the points next to 1 may be rounded to either side of it
-    assert all(y == slope for x, y in drawn["slope in backward"] if abs(x) < 0.999)
-    assert all(y == 0 for x, y in drawn["slope in backward"] if abs(x) > 1.001)
+    assert all(y == slope for x, y in slopes if abs(x) < 0.999)
+    assert all(y == 0 for x, y in slopes if abs(x) > 1.001)
 
 
 def test_images_lie_in_the_sheet_row_by_row(ax, noise):
     data = noise(n=12, size=8)
-    assert show_images(data, ax, columns=5, rows=2, names=False) is ax
+    assert plots.show_images(data, ax, columns=5, rows=2, names=False) is ax
     (sheet,) = (image.get_array() for image in ax.images)
     for i in range(10):
         top, left = i // 5 * 10, i % 5 * 10
@@ -137,24 +128,22 @@ def test_images_lie_in_the_sheet_row_by_row(ax, noise):
 
 def test_names_of_the_classes_stand_beneath_their_images(ax, noise):
     data = noise(n=12, classes=("ship", "frog"))
-    show_images(data, ax, columns=4, rows=3)
+    plots.show_images(data, ax, columns=4, rows=3)
     assert [text.get_text() for text in ax.texts] == [data.class_names[y] for y in data.labels]
 
 
-def test_unclipped_noise_can_be_shown(ax, noise):
-    show_images(gaussian_inputs(noise(n=10), 4.0, seed=1), ax)
+def test_unclipped_noise_can_be_shown_and_no_more_images_than_there_are(ax, noise):
+    data = gaussian_inputs(noise(n=12), 4.0, seed=1)
+    plots.show_images(data, ax)
     (sheet,) = (image.get_array() for image in ax.images)
     assert (sheet.min(), sheet.max()) == (0, 1)
-
-
-def test_more_images_than_the_set_holds_are_refused(ax, noise):
     with pytest.raises(InvalidValue, match="noise train has 12 images, asked for 20"):
-        show_images(noise(n=12), ax, rows=2)
+        plots.show_images(data, ax, rows=2)
 
 
 def test_weights_are_shares_of_their_number(ax, generator):
     weights = {"conv1": torch.rand(100, generator=generator), "dense3": torch.full((7, 7), -0.99)}
-    assert plot_weights(weights, ax) is ax
+    assert plots.plot_weights(weights, ax) is ax
     heights = {patch.get_label(): patch.get_xy()[:, 1] for patch in ax.patches}
     assert heights["dense3"].max() == pytest.approx(100)
     assert 0 < heights["conv1"].max() < 20
@@ -162,7 +151,7 @@ def test_weights_are_shares_of_their_number(ax, generator):
 
 def test_book_style_leaves_no_ground_and_is_readable_on_both_themes():
     with mpl.rc_context():
-        use_book_style()
+        plots.use_book_style()
         for key in ("figure.facecolor", "axes.facecolor", "savefig.facecolor"):
             assert mpl.rcParams[key] == "none"
         luminance = np.dot(mpl.colors.to_rgb(mpl.rcParams["text.color"]), [0.2126, 0.7152, 0.0722])

@@ -1,0 +1,108 @@
+"""Four lengths of an experiment: smoke (seconds), quick, reduced (minutes) and full."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from bnnlib.data import DRAWN, SVHN_SUBSET
+from bnnlib.errors import check_name
+from bnnlib.experiments.experiment import Experiment
+
+LOOK_ALIKE = {"svhn": "glyphs", "cifar10": "shapes"}
+
+
+def full(experiment: Experiment) -> Experiment:
+    """The original, to the digit."""
+    return experiment
+
+
+def quick(experiment: Experiment) -> Experiment:
+    """Under a minute on two cores: 500 drawn images, two wide convolutions, linear decay to 0.
+
+    The rates must end near 0: while signs still flip, errors jump by points from one epoch to
+    the next. A narrow copy of the deep network is far from memorizing after this time.
+    """
+    return replace(
+        experiment,
+        dataset=LOOK_ALIKE.get(experiment.dataset, experiment.dataset),
+        network="dense" if experiment.network == "dense" else "small",
+        epochs=60 if experiment.epochs else 0,
+        schedule="linear",
+        lr_final=0.0,
+        n_train=500,
+        n_valid=0,
+        n_test=1000,
+        evaluate_every=5,
+    )
+
+
+def smoke(experiment: Experiment) -> Experiment:
+    """Seconds: every line of the run is executed, and nothing can be learned from it."""
+    epochs = 2 if experiment.epochs else 0
+    return replace(
+        quick(experiment), epochs=epochs, n_train=100, n_test=100, width=0.125, evaluate_every=1
+    )
+
+
+def reduced(experiment: Experiment) -> Experiment:
+    """Minutes on one core: some real images, and the original's network at reduced width.
+
+    The lengths are the shortest tried at which random labels were memorized. The history
+    gets the probes that say something about the experiment.
+    """
+    e, on_svhn = experiment, experiment.dataset == "svhn"
+    if e.dataset in DRAWN:
+        return e
+    epochs = 100 if on_svhn else 60
+    return replace(
+        e,
+        dataset=SVHN_SUBSET if on_svhn else e.dataset,
+        width=0.5 if on_svhn else 0.25,
+        epochs=epochs if e.epochs else 0,
+        schedule="linear",
+        lr_final=0.0,
+        n_train=None if on_svhn else 2000,
+        n_valid=0,
+        n_test=None if on_svhn else 2000,
+        evaluate_every=5,
+        probes=_telling_probes(e),
+    )
+
+
+def _telling_probes(e: Experiment) -> tuple[str, ...]:
+    names = {
+        "flips": e.binary,
+        "saturation": e.binary,
+        "parts": 0 < e.random_labels < 1,
+        "modes": e.weights == "stochastic",
+        "critical": e.binary and e.weights == "deterministic" and e.dataset == "cifar10",
+    }
+    return tuple(name for name, tells in names.items() if tells)
+
+
+PROFILES: Mapping[str, Callable[[Experiment], Experiment]] = {
+    "smoke": smoke,
+    "quick": quick,
+    "reduced": reduced,
+    "full": full,
+}
+
+
+def at_profile(experiment: Experiment, profile: str) -> Experiment:
+    """`smoke`, `quick`, `reduced` or `full` applied by name; raises InvalidValue for another."""
+    check_name("profile", profile, PROFILES)
+    return PROFILES[profile](experiment)
+
+
+def by_profile(profile: str, smoke: Any, **longer: Any) -> Any:
+    """The choice for this profile, or for the next shorter one that has a choice.
+
+    `by_profile("full", smoke=100, quick=2000)` is 2000.
+    """
+    check_name("profile", profile, PROFILES)
+    choices = {"smoke": smoke, **longer}
+    for name in choices:
+        check_name("profile", name, PROFILES)
+    names = list(PROFILES)
+    shorter = names[: names.index(profile) + 1]
+    return next(choices[name] for name in reversed(shorter) if name in choices)

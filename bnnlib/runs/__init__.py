@@ -1,0 +1,1 @@
+"""A run and its folder: trained, checkpointed, resumed, finished, read again, scored."""

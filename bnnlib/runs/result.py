@@ -1,0 +1,180 @@
+"""A finished run: what was asked, what happened, what was left, and the record that says so."""
+
+import hashlib
+import platform
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import bnnlib
+from bnnlib.data import DRAWN, ImageSet
+from bnnlib.experiments.experiment import Experiment
+from bnnlib.experiments.profiles import PROFILES, at_profile
+from bnnlib.experiments.variants import EXPERIMENTS
+from bnnlib.training import History
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run.
+
+    One read from a folder that keeps only experiment and history, as those under `results/`
+    do, has no model and no labels.
+    """
+
+    experiment: Experiment
+    history: History
+    record: dict[str, Any]  # versions, device, seconds, corruptions, hashes
+    model: nn.Module | None = None
+    labels: dict[str, torch.Tensor] | None = None  # (N,) int64 for each split
+    folder: Path | None = None
+
+
+# ------------------------------------------------------------------------------- the record
+
+
+def make_record(
+    e: Experiment, sets: dict[str, ImageSet], device: torch.device, precision: str
+) -> dict[str, Any]:
+    """What an experiment does not say and a reader of its results must know."""
+    return {
+        "experiment_sha256": e.digest(),
+        **environment(device, precision),
+        "trained_on": trained_on(e, len(sets["train"])),
+        "images": {split: len(data) for split, data in sets.items()},
+        "corruptions": {split: list(data.provenance) for split, data in sets.items()},
+        "image_sha256": {split: data.image_hash() for split, data in sets.items()},
+        "label_sha256": {split: data.label_hash() for split, data in sets.items()},
+    }
+
+
+def trained_on(e: Experiment, images: int) -> str:
+    """Data and network in one line, for a reader who would believe the experiment's name."""
+    meant = EXPERIMENTS[e.name].dataset if e.name in EXPERIMENTS else e.dataset
+    notes = ["drawn"] * (e.dataset in DRAWN) + [f"in place of {meant}"] * (meant != e.dataset)
+    note = f" ({', '.join(notes)})" if notes else ""
+    said = [f"{counted(images, 'image')} of {Path(e.dataset).name}{note}"]
+    if e.gaussian_variance and "train" in e.gaussian_splits:
+        said.append("replaced by Gaussian noise")
+    if e.pixels != "kept":
+        said.append(f"pixels {e.pixels}")
+    share = e.random_labels if "train" in e.random_label_splits else 0
+    some = f"{100 * share:g} % of the labels random"
+    said.append({0: "their own labels", 1: "random labels"}.get(share, some))
+    twin = "" if e.binary else ", full precision"
+    return f"{', '.join(said)}; network {e.network}, width {e.width:g}{twin}"
+
+
+def counted(n: int, thing: str) -> str:
+    """`counted(1, "image")` is '1 image', `counted(2000, "image")` is '2,000 images'."""
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
+def environment(device: torch.device, precision: str = "float32") -> dict[str, Any]:
+    """Versions, device and its precision, threads, and the time of the start."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU"
+    return {
+        "versions": {
+            "bnnlib": bnnlib.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "device": name + (", half precision" if precision == "half" else ""),
+        "threads": torch.get_num_threads(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """SHA-256 of all parameters and averages, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------- reading a result
+
+
+def profile_of(experiment: Experiment) -> str:
+    """The profile whose form of the named experiment this is, whatever its seeds; or "own".
+
+    An experiment of a name that is in neither list is "own", too.
+    """
+    original = EXPERIMENTS.get(experiment.name)
+    if original is None:
+        return "own"
+    here = replace(experiment, seed=0, corruption_seed=0, data_seed=0, run_folder="").spec()
+    own = (p for p in PROFILES if at_profile(original, p).spec() == here)
+    return next(own, "own")
+
+
+def summary(finished: Run) -> dict[str, Any]:
+    """One row of a table of runs; errors are those after the last epoch, in percent.
+
+    NaN for the test error of a run that tested nothing, as an evaluation does.
+    """
+    e, history = finished.experiment, finished.history
+    tested = history.last("test_error") if "test_error" in history.columns else nan
+    return {
+        "experiment": e.name,
+        "profile": profile_of(e),
+        "data": e.dataset,
+        "images": finished.record["images"]["train"],
+        "width": e.width,
+        "epochs": e.epochs,
+        "seed": e.seed,
+        "train error (%)": round(100 * history.last("train_error"), 2),
+        "test error (%)": round(100 * tested, 1),
+        "device": finished.record["device"],
+    }
+
+
+def distance_from_a_guess(finished: Run) -> float:
+    """How far the last test error is from a blind guess's, in standard deviations of the guess.
+
+    A guess among ten classes is wrong nine times in ten, with the binomial's spread.
+    """
+    chance = finished.history.chance
+    spread = (chance * (1 - chance) / finished.record["images"]["test"]) ** 0.5
+    return abs(finished.history.last("test_error") - chance) / spread
+
+
+def is_guessing(finished: Run) -> bool:
+    """Whether the last test error is within four standard deviations of a blind guess's."""
+    return distance_from_a_guess(finished) < 4
+
+
+def differences(one: Run, other: Run) -> list[str]:
+    """What is not equal, to the last bit, in two runs that should be one: names, none at best.
+
+    Compares the columns of the histories, times aside, labels and parameters, where both
+    runs have them.
+    """
+    pairs = [(_columns(one), _columns(other))]
+    if one.labels and other.labels:
+        pairs.append((one.labels, other.labels))
+    if one.model and other.model:
+        pairs.append((one.model.state_dict(), other.model.state_dict()))
+    return [n for a, b in pairs for n in a | b if not _same(a.get(n), b.get(n))]
+
+
+def _columns(run: Run) -> dict[str, torch.Tensor]:
+    names = [name for name in run.history.columns if name != "seconds"]
+    return {name: torch.tensor(run.history[name], dtype=torch.float64) for name in names}
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors are one, where NaN is equal to NaN."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())

@@ -1,0 +1,250 @@
+"""One function that runs any experiment: build a trial, open its folder, restore, fit, finish."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnnlib.batches import Batches, check_fills_batch
+from bnnlib.data import ImageSet
+from bnnlib.errors import Interrupted, InvalidValue, shown
+from bnnlib.experiments.build import build_model, derive_seed, prepare_data, resolve_device
+from bnnlib.experiments.experiment import Experiment
+from bnnlib.files import as_folder, locked
+from bnnlib.kernels.precision import resolve_precision
+from bnnlib.losses import l2_penalty
+from bnnlib.models import penalized_parameters
+from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.probes import Recorder, mode_errors
+from bnnlib.process import keep_freed_memory
+from bnnlib.runs.checkpoint import Checkpoints
+from bnnlib.runs.evaluation import as_scored, evaluate_run, run_to_score
+from bnnlib.runs.folder import HISTORY, begin, finish, holds_finished, load_run
+from bnnlib.runs.interrupts import deferred_interrupts
+from bnnlib.runs.result import Run, counted, environment, make_record, parameter_hash, trained_on
+from bnnlib.training import (
+    EvaluationMode,
+    History,
+    TrainingState,
+    fit,
+    learning_rates,
+    resolve_progress,
+)
+
+HISTORY_EVERY = 5.0  # seconds between two writings of `history.csv`, at least
+
+
+def run(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    *,
+    device: str = "auto",
+    root: str | Path | None = None,
+    download: bool = False,
+    progress: str = "auto",
+    checkpoint_every: float = 300.0,
+    precision: str = "auto",
+) -> Run:
+    """Train as `experiment` says and, where `out` is given, keep everything in that folder.
+
+    The folder holds `experiment.json` (the experiment, versions, device, hashes),
+    `history.csv` (so far), `labels.npz`, `parameters.safetensors` and, until the
+    run is finished, its last two checkpoints, saved every `checkpoint_every` seconds. A folder
+    with an unfinished run of the same experiment is continued, one with a finished run is
+    read and left alone; nothing else is ever written to. `root` and `download` are those of
+    `data.load`, `precision` is that of `resolve_precision`. An experiment that `evaluates`
+    trains nothing: it scores the run in its `run_folder` and has the settings of that run.
+
+    With a folder, a first Ctrl-C or SIGTERM finishes the step, saves, and raises
+    Interrupted. Raises InvalidValue for a folder with another experiment and for an evaluation
+    that asks for other settings than the scored run has, FolderInUse for a folder in use,
+    DamagedFile for one that was altered, DataNotFound for missing data, CannotWrite where the
+    disk does not suffice, and NotFinite where the numbers are no longer finite; the last good
+    checkpoint is kept.
+    """
+    _check_arguments(experiment, checkpoint_every)
+    folder = None if out is None else as_folder("out", out)
+    root = None if root is None else as_folder("root", root)
+    style = resolve_progress(progress)
+    where = resolve_device(device)
+    how = {"device": where, "precision": resolve_precision(precision, where)}
+    source = None
+    if experiment.evaluates:
+        source = run_to_score(experiment, folder)
+        experiment = as_scored(experiment, source.experiment)
+    if folder and holds_finished(folder, experiment):
+        if style != "none":
+            print(f"{folder} holds this run, finished; nothing is run again", file=sys.stderr)
+        return load_run(folder)
+    if source:
+        return _score(experiment, source, folder, root, download, style, **how)
+    trial = _build_trial(experiment, root, download, **how)
+    if folder is None:
+        return _train(trial, style)
+    with locked(folder):
+        return _train_in_folder(trial, folder, style, checkpoint_every)
+
+
+def _check_arguments(experiment: Experiment, checkpoint_every: float) -> None:
+    """Raise InvalidValue for an argument of `run` of another kind than it takes."""
+    if not isinstance(experiment, Experiment):
+        raise InvalidValue(
+            f"run takes an Experiment, such as named('svhn-l2'); got {shown(experiment)}"
+        )
+    if not isinstance(checkpoint_every, Real) or not checkpoint_every >= 0:  # NaN is not
+        raise InvalidValue(
+            f"checkpoint_every must be 0 seconds or more, got {shown(checkpoint_every)}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """An experiment with all that it needs to be trained."""
+
+    experiment: Experiment
+    sets: dict[str, ImageSet]
+    batches: dict[str, Batches]  # of the same splits, on the device
+    state: TrainingState
+    record: dict[str, Any]
+
+
+def _build_trial(
+    e: Experiment, root: str | Path | None, download: bool, device: torch.device, precision: str
+) -> Trial:
+    if not e.binary or e.weights == "real":
+        precision = "float32"  # there is nothing to take in half
+    sets = prepare_data(e, root, download)
+    check_fills_batch(len(sets["train"]), e.batch_size)
+    model = build_model(e, device, precision)
+    order = torch.Generator().manual_seed(derive_seed(e.seed, "order of batches"))
+    state = TrainingState(model, BinaryAdam(parameter_groups(model), lr=e.lr_start), order)
+    batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
+    _recorder(e, sets["train"]).begin(state)
+    return Trial(e, sets, batches, state, make_record(e, sets, device, precision))
+
+
+def _recorder(e: Experiment, train: ImageSet) -> Recorder:
+    return Recorder(e.probes, train, derive_seed(e.seed, "probes"))
+
+
+def _train_in_folder(trial: Trial, folder: Path, style: str, every: float) -> Run:
+    e, state = trial.experiment, trial.state
+    labels = {split: data.labels for split, data in trial.sets.items()}
+    trial = replace(trial, record=begin(folder, e, trial.record, labels))
+    checkpoints = Checkpoints(folder, state, e.digest(), every)
+    if checkpoints.restore() and style != "none":
+        print(f"{folder}: going on after {state.where}", file=sys.stderr)
+    with deferred_interrupts() as stop_here:
+
+        def after_step() -> None:
+            stop_here()
+            checkpoints.save_if_due()
+
+        try:
+            result = _train(trial, style, folder, after_step, stop_here)
+        except Interrupted as interrupt:
+            checkpoints.save()
+            state.history.save(folder / HISTORY)
+            here = f"{state.where}; the state is saved in {folder}"
+            raise Interrupted(f"{interrupt} after {here}, and the same call goes on") from None
+        result = finish(folder, result)
+        checkpoints.remove()
+    return result
+
+
+def _train(
+    trial: Trial,
+    style: str,
+    folder: Path | None = None,
+    after_step: Callable[[], object] = lambda: None,
+    after_batch: Callable[[], object] = lambda: None,
+) -> Run:
+    """Train to the end; the history is kept in `folder` meanwhile."""
+    e, state = trial.experiment, trial.state
+    _announce(e, trial.record, counted(e.epochs, "epoch"), folder, style)
+    keep_freed_memory()
+    penalized = penalized_parameters(state.model, e.l2_target)
+    history = fit(
+        state,
+        **trial.batches,
+        rates=learning_rates(e.schedule, e.lr_start, e.lr_final, e.epochs),
+        evaluate_every=e.evaluate_every,
+        mode=EvaluationMode(
+            e.evaluation_weights,
+            e.evaluation_statistics,
+            e.evaluation_samples,
+            derive_seed(e.seed, "evaluation"),
+        ),
+        penalty=(lambda: e.l2 * l2_penalty(penalized)) if e.l2 else None,
+        measure=_recorder(e, trial.sets["train"]),
+        progress=style,
+        after_step=after_step,
+        after_batch=after_batch,
+        after_epoch=_at_intervals(lambda h: h.save(folder / HISTORY) if folder else None),
+    )
+    if "modes" in e.probes and len(history):
+        history.rows[-1] |= mode_errors(state.model, trial.batches, after_batch)
+    record = trial.record | {"parameter_sha256": parameter_hash(state.model)}
+    labels = {split: data.labels for split, data in trial.sets.items()}
+    return Run(e, history, record, state.model, labels, folder)
+
+
+def _announce(e: Experiment, record: dict, what: str, folder: Path | None, style: str) -> None:
+    """Say in one line what is about to be done, to what, on what and where."""
+    if style != "none":
+        print(
+            f"{e.name}: {record['trained_on']}; {what} on {record['device']}, "
+            f"{counted(record['threads'], 'thread')}{f'; in {folder}' if folder else ''}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _at_intervals(action: Callable[[History], object]) -> Callable[[History], None]:
+    """`action`, left out where the last one ended less than `HISTORY_EVERY` seconds ago.
+
+    A history of many short epochs takes longer to write than the epoch after it to train.
+    """
+    ended = -HISTORY_EVERY
+
+    def act(history: History) -> None:
+        nonlocal ended
+        if time.monotonic() - ended >= HISTORY_EVERY:
+            action(history)
+            ended = time.monotonic()
+
+    return act
+
+
+def _score(
+    e: Experiment,
+    source: Run,
+    folder: Path | None,
+    root: str | Path | None,
+    download: bool,
+    style: str,
+    device: torch.device,
+    precision: str,
+) -> Run:
+    """The evaluation of a finished run as a run of its own, of one row."""
+    left_out = ("seconds", "history_sha256", "continued")
+    record = {k: v for k, v in source.record.items() if k not in left_out}
+    record |= {"experiment_sha256": e.digest(), **environment(device, precision)}
+    record["trained_on"] = trained_on(source.experiment, record["images"]["train"])
+    start = time.perf_counter()
+    rows = "all" if e.evaluation_rows is None else f"at most {e.evaluation_rows:,}"
+    _announce(e, record, f"{e.run_folder} is scored, {rows} rows,", folder, style)
+    where = {"download": download, "device": device, "precision": precision}
+    error = evaluate_run(source, e.evaluation_rows, root, **where)
+    row = {"epoch": len(source.history), "train_error": error}
+    history = History([row | {"seconds": time.perf_counter() - start}])
+    if folder is None:
+        return Run(e, history, record)
+    with locked(folder):
+        record = begin(folder, e, record, source.labels)
+        return finish(folder, Run(e, history, record, folder=folder))

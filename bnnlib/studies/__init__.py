@@ -1,0 +1,1 @@
+"""What many runs say together: capacity in bits, and the claims of the book."""

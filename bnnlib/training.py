@@ -1,0 +1,421 @@
+"""The training loop, in plain sight: a step, an epoch, an evaluation, `fit`, and its `History`."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, isfinite, isnan, nan
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bnnlib.batches import Batches
+from bnnlib.errors import DamagedFile, InvalidValue, NotFinite, check_name, unknown_name
+from bnnlib.files import Row, read_table, write_table
+from bnnlib.kernels.graphs import GraphedStep
+from bnnlib.layers import binary_layers, evaluating, random_generator
+from bnnlib.losses import mistakes, squared_hinge_loss
+from bnnlib.optim import BinaryAdam
+
+SCHEDULES = ("exponential", "linear")
+# Images at once. On a CPU few, so that it takes no more memory than training did.
+EVALUATION_BATCH = {"cpu": 50, "cuda": 2000}
+SAMPLED_BATCH = 500  # images for which stochastic weights are drawn once, on every device
+_ADVICE = "a smaller learning rate may help"
+
+Penalty = Callable[[], Tensor | float]
+
+
+def learning_rates(schedule: str, start: float, final: float, epochs: int) -> list[float]:
+    """One rate for each epoch, falling from `start` towards `final`.
+
+    - "exponential": start * (final / start)^(e / epochs), the original's; the last epoch is
+      one factor above `final` (`binary_net_random_labels.py:302,371`).
+    - "linear": start + (final - start) * e / epochs.
+    """
+    check_name("schedule", schedule, SCHEDULES)
+    shares = [e / epochs for e in range(epochs)]
+    if schedule == "linear":
+        return [start + (final - start) * share for share in shares]
+    return [start * (final / start) ** share for share in shares]
+
+
+# ----------------------------------------------------------------------------------- history
+
+
+@dataclass
+class History:
+    """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
+
+    Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
+    they were fitted; the other errors are those of the model after the epoch, and NaN in
+    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[float]:
+        """One column, a value for each epoch; an unknown name is an InvalidValue."""
+        if self.rows and column not in self.columns:
+            raise unknown_name("history column", column, self.columns)
+        return [row.get(column, nan) for row in self.rows]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def last(self, column: str) -> float:
+        """The value after the last epoch; NaN where there was none."""
+        return self[column][-1] if self.rows else nan
+
+    @property
+    def chance(self) -> float:
+        """Error of a blind guess among the classes, counted by the columns of their errors.
+
+        A history without such columns is taken to be of ten classes.
+        """
+        names = {name.rpartition("_class_")[2] for name in self.columns if "_error_class_" in name}
+        return 1 - 1 / (len(names) or 10)
+
+    def save(self, path: str | Path, exact: bool = False) -> None:
+        """Write a CSV file with a header, whole or not at all; `exact`: to the last bit."""
+        write_table(path, self.rows, self.columns, exact)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "History":
+        """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
+        rows = read_table(path)
+        for row in rows:
+            if not row.get("epoch", nan).is_integer():
+                raise DamagedFile(f"{path} is no history: a row has no epoch, a whole number")
+            row["epoch"] = int(row["epoch"])
+        return cls(rows)
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationMode:
+    """How a model is tested: its weights and statistics as in `layers.evaluating`."""
+
+    weights: str | None = None  # None: as in training
+    statistics: str = "running"
+    samples: int = 1  # passes whose scores are averaged, each with its own stochastic weights
+    seed: int = 0  # of those weights
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Errors of a model on one set, each between 0 and 1."""
+
+    error: float
+    class_errors: tuple[float, ...]  # NaN for a class that the set does not hold
+    mistakes: Tensor  # (N,) bool, in the order of the set
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    mode: EvaluationMode | None = None,
+    after_batch: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Error over every image of the set, and of each class, from one pass in `mode`.
+
+    The model is the same afterwards, its averages and generators included, also where
+    `after_batch`, called after each batch, raises. With statistics of the batch no batch is
+    larger than in training, and all but the last are of one size.
+    """
+    mode = mode or EvaluationMode()
+    with evaluating(model, mode.weights, mode.statistics, mode.seed):
+        wrong = []
+        for x, labels in batches.in_order(_evaluation_batch(model, batches, mode.statistics)):
+            wrong.append(mistakes(sum(model(x) for _ in range(mode.samples)), labels))
+            after_batch()
+    wrong = torch.cat(wrong).cpu()
+    return Evaluation(wrong.double().mean().item(), _class_errors(wrong, batches), wrong)
+
+
+def _evaluation_batch(model: nn.Module, batches: Batches, statistics: str) -> int:
+    """Images at once, for a model that is in the mode it is evaluated in."""
+    if statistics == "batch":
+        return ceil(len(batches) / ceil(len(batches) / batches.batch_size))
+    if any(layer.mode == "stochastic" for layer in binary_layers(model)):
+        return SAMPLED_BATCH
+    return EVALUATION_BATCH.get(batches.labels.device.type, SAMPLED_BATCH)
+
+
+def _class_errors(wrong: Tensor, batches: Batches) -> tuple[float, ...]:
+    labels, zero = batches.labels.cpu(), torch.zeros(batches.classes, dtype=torch.float64)
+    total = zero.index_add(0, labels, wrong.double())
+    count = zero.index_add(0, labels, torch.ones_like(total)[labels])
+    return tuple((total / count).tolist())  # 0 / 0 is NaN
+
+
+# --------------------------------------------------------------------------- state and step
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a network is trained, so all that `fit` needs to go on.
+
+    What follows `generator` says how far the training has come, in the middle of an epoch too.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # of the order of the batches, on the CPU
+    history: History = field(default_factory=History)  # of the epochs that are over
+    epoch_start: Tensor | None = None  # state of `generator` as the epoch under way began
+    done: int = 0  # batches of that epoch
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # of each, float32
+    wrong: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # mistakes
+    started: float = 0.0  # of the epoch, on the clock `time.perf_counter`
+    signs: dict[str, Tensor] = field(default_factory=dict)  # as it began, for the probe "flips"
+
+    @property
+    def where(self) -> str:
+        """How far this is, for messages."""
+        return self.at(self.done) if self.done else f"epoch {len(self.history)}"
+
+    def at(self, step: int) -> str:
+        """A step of the epoch under way, counted from 1, for messages."""
+        return f"step {step} of epoch {len(self.history) + 1}"
+
+    def check_finite(self) -> None:
+        """Raise NotFinite where a loss of this epoch, a weight, an average or a moment is not.
+
+        A NaN inside the network need not reach the loss: its sign counts as +1.
+        """
+        losses, tensors = self.losses[: self.done], dict(self.model.state_dict())
+        for name, p in self.model.named_parameters():
+            tensors |= {f"{k} of {name}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        # One number to wait for: of tensors with a NaN or an infinity the sum is one, too.
+        if sum(t.sum() for t in (losses, *tensors.values())).isfinite():
+            return
+        source = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+        lost = (~losses.isfinite()).nonzero().flatten()
+        if len(lost):
+            first = lost[0].item()
+            raise _loss_not_finite(losses[first].item(), self.at(first + 1), source)
+        if source:
+            raise NotFinite(f"{source} is not finite after {self.where}; {_ADVICE}")
+
+
+class Step:
+    """A training step on the next batch of an epoch, to be called once for each.
+
+    `begin_epoch` says in which order the batches come. What `penalty` returns is added to the
+    loss. The step takes nothing from the host but the order and the learning rate, once an
+    epoch, and leaves loss and mistakes on the device, until somebody reads them. On a GPU it
+    becomes one graph, and waits for nothing; on a CPU it raises NotFinite instead of a step on a
+    loss that is no finite number.
+    """
+
+    def __init__(self, state: TrainingState, batches: Batches, penalty: Penalty | None = None):
+        self.state, self.batches, self.penalty = state, batches, penalty
+        device, count = batches.labels.device, batches.n_batches
+        self.order = torch.zeros(count, batches.batch_size, dtype=torch.int64, device=device)
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # the batch that comes
+        self.losses = torch.zeros(count, device=device)
+        self.wrong = torch.zeros(count, dtype=torch.int64, device=device)
+        self.looks = device.type == "cpu"  # at each loss; a GPU would have to be waited for
+        self._call = self._train
+        # Other optimizers count and compute on the host, where a graph would not see it.
+        if device.type == "cuda" and isinstance(state.optimizer, BinaryAdam):
+            generator = random_generator(state.model)
+            generators = [] if generator is None else [generator]
+            zero_grad = state.optimizer.zero_grad
+            self._call = GraphedStep(self._train, device, generators, zero_grad)
+
+    def begin_epoch(self) -> None:
+        """Begin an epoch, or go on with the one that is under way in the state."""
+        state = self.state
+        if state.epoch_start is None:
+            state.epoch_start, state.started = state.generator.get_state(), time.perf_counter()
+        else:
+            state.generator.set_state(state.epoch_start)
+        order = self.batches.order(state.generator)
+        if state.done > len(order):
+            raise InvalidValue(f"{state.done} steps are done of an epoch that has {len(order)}")
+        self.order.copy_(order)
+        self.next.fill_(state.done)
+        self.losses[: state.done] = state.losses[: state.done]
+        self.wrong[: state.done] = state.wrong[: state.done]
+        state.losses, state.wrong = self.losses, self.wrong  # filled step by step
+        state.model.train()
+        if isinstance(state.optimizer, BinaryAdam):
+            state.optimizer.read_settings()
+
+    def __call__(self) -> None:
+        """Train on one batch; its loss and its count of mistakes go to the state."""
+        self._call()
+        self.state.done += 1
+
+    def _train(self) -> None:
+        model, optimizer = self.state.model, self.state.optimizer
+        optimizer.zero_grad()  # so that the last gradients leave room for the activations
+        x, labels = self.batches.take(self.order.index_select(0, self.next)[0])
+        logits = model(x)
+        loss = squared_hinge_loss(logits, labels)
+        if self.penalty:
+            loss = loss + self.penalty()
+        if self.looks and not isfinite(loss.item()):
+            where = self.state.at(self.state.done + 1)
+            raise _loss_not_finite(loss.item(), where, first_not_finite(model, x))
+        loss.backward()
+        optimizer.step()  # moves the latent weights and clips them to [-1, 1]
+        self.losses.index_copy_(0, self.next, loss.detach().float().view(1))
+        self.wrong.index_copy_(0, self.next, mistakes(logits.detach(), labels).sum().view(1))
+        self.next.add_(1)
+
+
+def _loss_not_finite(loss: float, where: str, source: str | None) -> NotFinite:
+    first = f", first in {source}" if source else ""
+    return NotFinite(f"the training loss became {loss} at {where}{first}; {_ADVICE}")
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, x: Tensor) -> str | None:
+    """The first layer, in the order of computation, with an output that is not finite.
+
+    "the input" where x is not; None where all are finite. Averages move as in training.
+    """
+    found = [] if x.isfinite().all() else ["the input"]
+
+    def look(name: str, output: Tensor) -> None:
+        if not output.isfinite().all():
+            found.append(f"layer {name}")
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(lambda *a, n=name: look(n, a[2])) for name, m in leaves]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
+# ---------------------------------------------------------------------------------- the loop
+
+
+def train_epoch(step: Step, after_step: Callable[[], object] = lambda: None) -> tuple[float, float]:
+    """One pass over the shuffled batches; returns mean loss and error, both in training mode.
+
+    Goes on where an epoch is under way. Raises NotFinite when the loss, a weight or an average
+    is no longer a finite number.
+    """
+    step.begin_epoch()
+    while step.state.done < len(step.order):
+        step()
+        after_step()
+    step.state.check_finite()
+    return step.losses.mean().item(), step.wrong.sum().item() / step.order.numel()
+
+
+Measure = Callable[[TrainingState, Mapping[str, Evaluation]], Row]
+
+
+def fit(
+    state: TrainingState,
+    train: Batches,
+    valid: Batches | None = None,
+    test: Batches | None = None,
+    *,
+    rates: Sequence[float],
+    evaluate_every: int = 1,
+    mode: EvaluationMode | None = None,
+    penalty: Penalty | None = None,
+    measure: Measure = lambda state, results: {},
+    progress: str = "auto",
+    after_step: Callable[[], object] = lambda: None,
+    after_batch: Callable[[], object] = lambda: None,
+    after_epoch: Callable[[History], object] = lambda history: None,
+) -> History:
+    """Train for one epoch at each learning rate in `rates`; returns the `History`.
+
+    Begins where `state` is, and moves it. Errors are computed every `evaluate_every` epochs and
+    after the last, in `mode`. What `penalty` returns is added to the loss. `measure` is given
+    the state and the evaluations of each epoch, by split, and returns more columns. `progress`
+    is "bar", "lines", "none" or "auto", see `resolve_progress`.
+    `after_step` is called after each training step, `after_batch` after each evaluated batch
+    and `after_epoch`, with the history so far, after each epoch. What they raise ends the
+    training, which can go on later from `state`.
+    """
+    sets = {"train": train, "valid": valid, "test": test}
+    style, step = resolve_progress(progress), Step(state, train, penalty)
+    with _bar(style, state, len(step.order), len(rates)) as bar:
+        for epoch in range(len(state.history) + 1, len(rates) + 1):
+            lr = rates[epoch - 1]
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            loss, error = train_epoch(step, lambda: (bar.update(), after_step()))
+            row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
+            row["train_mode_error"] = error
+            due = epoch % evaluate_every == 0 or epoch == len(rates)
+            tested = {name: batches for name, batches in sets.items() if batches and due}
+            results = {k: evaluate(state.model, b, mode, after_batch) for k, b in tested.items()}
+            for name in sets:
+                row |= _error_columns(name, results.get(name), train.classes)
+            row |= measure(state, results)
+            row["seconds"] = time.perf_counter() - state.started
+            state.history.rows.append(row)
+            state.epoch_start, state.done = None, 0
+            after_epoch(state.history)
+            _report(row, len(rates), evaluate_every, style, bar)
+    return state.history
+
+
+def _error_columns(name: str, result: Evaluation | None, classes: int) -> Row:
+    """`name_error` and, but for the validation set, `name_error_class_i`; NaN without result."""
+    errors = result.class_errors if result else (nan,) * classes
+    row = {f"{name}_error": result.error if result else nan}
+    if name != "valid":
+        row |= {f"{name}_error_class_{i}": e for i, e in enumerate(errors)}
+    return row
+
+
+# -------------------------------------------------------------------------------- progress
+
+
+def resolve_progress(progress: str = "auto") -> str:
+    """What "auto" is here: a bar for a person (terminal or notebook), lines for a log.
+
+    The environment variable TQDM_DISABLE makes it "none". Other styles stay as they are.
+    """
+    check_name("progress", progress, ("auto", "bar", "lines", "none"))
+    if progress != "auto":
+        return progress
+    if os.environ.get("TQDM_DISABLE"):
+        return "none"
+    return "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines"
+
+
+def _bar(style: str, state: TrainingState, batches: int, epochs: int) -> tqdm:
+    """A bar of all steps that begins where the state is; silent but for "bar"."""
+    done = len(state.history) * batches + state.done
+    hidden, total = style != "bar", batches * epochs
+    return tqdm(total=total, initial=done, unit="step", disable=hidden, mininterval=0.3)
+
+
+def _report(row: Row, epochs: int, evaluate_every: int, style: str, bar: tqdm) -> None:
+    """Show one epoch. In lines: the first, the last, and at most ten evaluated ones between."""
+    text = f"epoch {row['epoch']}/{epochs}  {describe_row(row)}"
+    bar.set_postfix_str(text, refresh=False)
+    stride = ceil(epochs / 10 / evaluate_every) * evaluate_every
+    if style == "lines" and (row["epoch"] in (1, epochs) or row["epoch"] % stride == 0):
+        print(text, file=sys.stderr, flush=True)
+
+
+def describe_row(row: Row) -> str:
+    """One epoch in a few words, without the errors that were not computed."""
+    loss = [f"loss {row['train_loss']:.3f}"] if "train_loss" in row else []
+    errors = [(k, row.get(f"{k}_error", nan)) for k in ("train", "valid", "test")]
+    return "  ".join([*loss, *(f"{k} error {100 * e:.1f} %" for k, e in errors if not isnan(e))])

@@ -1,0 +1,161 @@
+"""An experiment becomes data and a network, each random act with a seed of its own."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from bnnlib.batches import scale_pixels
+from bnnlib.corruption import random_labels
+from bnnlib.errors import InvalidValue
+from bnnlib.experiments.build import build_model, derive_seed, prepare_data, resolve_device
+from bnnlib.experiments.originals import published
+from bnnlib.experiments.profiles import smoke
+from bnnlib.experiments.variants import named
+from bnnlib.models import binarynet
+from bnnlib.runs.result import parameter_hash
+
+BASE = smoke(published("svhn-random-labels"))
+
+
+def test_each_seed_decides_its_own_random_acts():
+    def made(**seeds):
+        e = replace(BASE, **seeds)
+        hashes = {"weights": parameter_hash(build_model(e))}
+        for split, data in prepare_data(e).items():
+            hashes |= {f"{split} images": data.image_hash(), f"{split} labels": data.label_hash()}
+        return hashes
+
+    def changed(**seeds):
+        return {name for name, value in made(**seeds).items() if value != base[name]}
+
+    base = made()
+    assert changed() == set()
+    assert changed(seed=1) == {"weights"}
+    assert changed(corruption_seed=1) == {"train labels", "test labels"}
+    assert changed(data_seed=1) == {"train images", "test images"}
+
+
+def test_the_weights_of_the_twin_are_glorot_draws_in_the_order_of_its_layers():
+    generator = torch.Generator().manual_seed(derive_seed(0, "initial weights"))
+    model = build_model(replace(BASE, binary=False))
+    for name in ("conv1", "conv2", "dense3", "dense4", "dense5"):
+        layer = model.get_submodule(name)
+        expected = torch.nn.init.xavier_uniform_(torch.empty(layer.weight.shape), 1, generator)
+        assert torch.equal(layer.weight, expected)
+        assert not layer.bias.any()
+
+
+def test_the_network_is_the_one_that_the_fields_describe():
+    how = {"width": 0.25, "activation": "binary_sigmoid", "weights": "stochastic"}
+    how |= {"dropout": (0.25,), "dropout_position": "after_activation"}
+    expected = binarynet("small", generator=torch.Generator(), **how)
+    assert str(build_model(replace(BASE, **how))) == str(expected)
+
+
+def test_derived_seeds_differ_by_seed_and_purpose_and_fit_a_generator():
+    made = [derive_seed(seed, purpose) for seed in range(5) for purpose in ("a", "b", "train")]
+    assert len(set(made)) == 15
+    assert all(0 <= seed < 2**63 for seed in made)
+    assert derive_seed(0, "a") == 1202876661367888254  # as in every run that was stored
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:", "cpu:0 ", None])
+def test_a_device_that_bnnlib_cannot_use_is_refused_with_those_it_can(name):
+    with pytest.raises(InvalidValue) as caught:
+        resolve_device(name)
+    assert str(caught.value).startswith(f"unknown device {name!r}")
+    assert str(caught.value).endswith("(allowed: auto, cpu, cuda, cuda:N)")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_where_there_is_no_gpu_that_is_said(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidValue, match=f"'{name}' cannot be used here: .*; use 'cpu'"):
+        resolve_device(name)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "corrupted"),
+    [
+        ({}, (1, 1, 1)),
+        ({"random_label_splits": ("train", "valid")}, (1, 1, 0)),
+        ({"random_labels": 0.0}, (0, 0, 0)),
+        ({"gaussian_variance": 0.1, "random_label_splits": ("test",)}, (1, 0, 1)),
+        ({"gaussian_variance": 0.1, "gaussian_splits": ("train", "test")}, (2, 1, 2)),
+    ],
+)
+def test_only_the_named_splits_are_corrupted(changes, corrupted):
+    sets = prepare_data(replace(BASE, n_valid=20, **changes))
+    assert list(sets) == ["train", "valid", "test"]
+    assert tuple(len(data.provenance) for data in sets.values()) == corrupted
+
+
+def test_matched_noise_has_the_mean_and_spread_of_the_images_it_replaces():
+    e = smoke(named("cifar10-gaussian-matched"))
+    images = prepare_data(replace(e, gaussian_variance=0.0, gaussian_matched=False))
+    pixels, x = scale_pixels(images["train"].images), prepare_data(e)["train"].images
+    assert abs(pixels.std().item() - 0.1**0.5) > 0.05  # not what the original's noise has
+    assert x.mean().item() == pytest.approx(pixels.mean().item(), abs=0.005)
+    assert x.std().item() == pytest.approx(pixels.std().item(), rel=0.01)
+
+
+@pytest.fixture
+def positions(npz):
+    """The orders of the pixels that an experiment makes: (images, 1024), by split."""
+    # The value of a pixel says to which square of 2 x 2 it belongs.
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(2, 0).repeat(2, 1)
+    images, labels = np.broadcast_to(image, (5, 3, 32, 32)), np.arange(5)
+    path = npz(train_images=images, test_images=images, train_labels=labels, test_labels=labels)
+
+    def orders(pixels, **changes):
+        own = replace(BASE, dataset=str(path), random_labels=0.0, pixels=pixels, **changes)
+        return [data.images[:, 0].flatten(1).tolist() for data in prepare_data(own).values()]
+
+    return orders
+
+
+def test_shuffled_pixels_have_one_order_in_all_splits_random_ones_each_its_own(positions):
+    kept = positions("kept")[0][0]
+    train, test = positions("shuffled")
+    assert train == test == [train[0]] * 5
+    assert sorted(train[0]) == sorted(kept)
+    assert kept != train[0] != positions("shuffled", corruption_seed=1)[0][0]
+    train, test = positions("random")
+    assert len(set(map(tuple, train + test))) == 10
+    assert positions("random") == [train, test] != positions("random", corruption_seed=1)
+
+
+def test_labels_of_the_splits_are_drawn_independently():
+    sets = prepare_data(replace(BASE, n_train=200, n_valid=200, n_test=200))
+    labels = [data.labels for data in sets.values()]
+    assert max((a == b).double().mean() for a, b in pairwise(labels)) < 0.2
+
+
+def test_partly_random_labels_are_the_level_asked_for():
+    true, half = (prepare_data(replace(BASE, n_train=500, random_labels=r)) for r in (0.0, 0.5))
+    expected = random_labels(true["train"], 0.5, seed=derive_seed(0, "labels train"))
+    assert torch.equal(half["train"].labels, expected.labels)
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(7, 7), (99, 30), (None, 30)])
+def test_no_more_images_are_taken_than_asked_for_or_there(asked, taken, npz):
+    path = npz(images=np.zeros((30, 3, 32, 32), np.uint8), labels=np.arange(30) % 2)
+    own = replace(BASE, dataset=str(path), n_train=asked, n_test=0, batch_size=7)
+    assert {split: len(data) for split, data in prepare_data(own).items()} == {"train": taken}
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "text"),
+    [
+        (8, 10, "network 'small' takes images of 32 x 32 pixels, those of .* are 8 x 8"),
+        (32, 12, "network 'small' tells 10 classes apart, .* has 12"),
+    ],
+)
+def test_images_of_another_size_and_too_many_classes_are_refused(size, classes, text, npz):
+    path = npz(images=np.zeros((60, 3, size, size), np.uint8), labels=np.arange(60) % classes)
+    with pytest.raises(InvalidValue, match=text):
+        prepare_data(replace(BASE, dataset=str(path), n_test=0))
