@@ -98,6 +98,7 @@ def test_class_errors_are_bars_side_by_side(ax):
     edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches)
     assert all(b[0] >= a[1] - 1e-9 for a, b in pairwise(edges))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert chance(ax) == pytest.approx([100 * 2 / 3])
     with pytest.raises(InvalidValue, match="3 class errors"):
         plots.plot_class_errors({"train": (0.1, 0.2)}, "abc", ax)
 
