@@ -45,6 +45,8 @@ class Checkpoints:
     def __init__(self, folder: Path, state: TrainingState, digest: str, every: float):
         self.folder, self.state, self.digest = folder / "checkpoints", state, digest
         self.every, self.saved, self.saved_at = every, time.monotonic(), None
+        if self.folder.exists() and not self.folder.is_dir():  # told before hours of training
+            raise DamagedFile(f"{self.folder} is not a folder; remove it")
 
     def paths(self) -> list[Path]:
         """The files, oldest first."""

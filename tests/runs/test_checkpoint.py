@@ -90,6 +90,7 @@ def test_after_an_interrupt_at_any_step_the_run_goes_on(step, uninterrupted, out
     assert f"stopped by SIGINT after step {within + 1} of epoch {epoch + 1}" in message
     assert str(out) in message
     assert not is_finished(out)
+    assert len(load_run(out).history) == epoch
     resumed, steps = counting_steps(SHORT, out)
     assert steps == 15 - step
     assert differences(uninterrupted, resumed) == []

@@ -93,10 +93,10 @@ def test_probes_and_ways_to_evaluate_do_not_influence_the_training(tmp_path):
 
 
 def test_errors_are_those_of_the_evaluation_asked_for():
-    e = replace(smoke(named("svhn-stochastic")), n_train=500)
+    e = replace(smoke(named("svhn-stochastic")), n_train=500, evaluation_samples=2)
     finished = quietly(e)
     batches = Batches(prepare_data(e)["train"], e.batch_size)
-    mode = EvaluationMode("stochastic", "batch", seed=derive_seed(e.seed, "evaluation"))
+    mode = EvaluationMode("stochastic", "batch", 2, derive_seed(e.seed, "evaluation"))
     found = finished.history.last("train_error")
     assert found == evaluate(finished.model, batches, mode).error
     assert found != evaluate(finished.model, batches, EvaluationMode("deterministic")).error
