@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from benchmarks.settings import KERNEL, LEARNING_RATE, Setting, made_up, shapes
-from bnnlib.batches import Batches, scale_pixels
+from bnnlib.batches import Batches
+from bnnlib.data.images import scale_pixels
 from bnnlib.experiments.build import build_model
 from bnnlib.experiments.originals import published
 from bnnlib.kernels.precision import resolve_precision

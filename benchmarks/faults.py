@@ -33,8 +33,9 @@ from bnnlib.experiments.profiles import smoke
 from bnnlib.experiments.variants import named
 from bnnlib.files import locked, write_json
 from bnnlib.optim import BinaryAdam
-from bnnlib.runs.folder import RESULTS, load_run
+from bnnlib.runs.folder import load_run
 from bnnlib.runs.interrupts import SIGNALS
+from bnnlib.runs.record import RESULTS
 from bnnlib.runs.result import Run, differences, environment
 from bnnlib.runs.run import run
 

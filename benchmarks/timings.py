@@ -24,7 +24,7 @@ from bnnlib.files import read_json
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.plots import COLOURS, GREY, use_book_style
 from bnnlib.process import keep_freed_memory
-from bnnlib.runs.folder import RESULTS
+from bnnlib.runs.record import RESULTS
 from bnnlib.training import Step, TrainingState
 
 STORED = RESULTS.parent / "benchmarks" / "results" / "training.json"

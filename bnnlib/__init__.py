@@ -13,16 +13,19 @@ __version__ = "0.2.0"
 spin_briefly()  # before anything here loads PyTorch
 
 PUBLIC = {
-    "quantizers": "sign hard_sigmoid binarize binarize_stochastic binary_tanh binary_sigmoid",
-    "layers": "BatchNorm BinaryConv2d BinaryLinear BinarySigmoid BinaryTanh Dropout "
-    "binary_layers binarize_parameters_ evaluating seed_layers",
-    "models": "ARCHITECTURES Architecture binarynet count_parameters",
-    "losses": "error_rate l2_penalty squared_hinge_loss",
-    "optim": "BinaryAdam parameter_groups",
-    "data": "ImageSet SIZES load",
+    "names": "ACTIVATIONS DATASETS LOSSES NETWORKS OPTIMIZERS QUANTIZERS SIZES use",
+    "quantizers": "sign hard_sigmoid binarize binarize_stochastic binary_tanh binary_sigmoid "
+    "approx_sign approx_step scaled_sign",
+    "layers": "Activation BatchNorm BinaryConv2d BinaryLinear BinarySigmoid BinaryTanh Dropout "
+    "binary_layers evaluating seed_layers",
+    "models": "ARCHITECTURES Architecture binarynet binary_resnet18 count_parameters",
+    "losses": "error_rate hinge_loss l2_penalty squared_hinge_loss",
+    "optim": "BinaryAdam Bop clip_latent_weights make_optimizer parameter_groups set_rate",
+    "data.images": "ImageSet load scale_pixels",
     "corruption": "gaussian_inputs random_labels random_pixels shuffled_pixels",
-    "batches": "Batches scale_pixels",
-    "training": "EvaluationMode History TrainingState evaluate fit learning_rates",
+    "batches": "Batches",
+    "history": "History",
+    "training": "EvaluationMode TrainingState evaluate fit learning_rates",
     "probes": "binary_weights critical_sample_ratio epochs_to_reach flip_ratio saturation",
     "experiments.experiment": "Experiment",
     "experiments.originals": "PUBLISHED published",

@@ -1,4 +1,4 @@
-"""`python -m bnnlib`: see `cli.py`."""
+"""`python -m bnnlib`: see `cli`."""
 
 from bnnlib.cli import main
 

@@ -6,26 +6,8 @@ import torch
 from torch import Tensor
 
 from bnnlib.data import ImageSet
-from bnnlib.errors import InvalidValue, check_whole
-
-
-def scale_pixels(images: Tensor) -> Tensor:
-    """x * (2 / 255) - 1: uint8 pixels to float32 in [-1, 1]; float images pass unchanged.
-
-    Any shape. Source: `svhn_random_labels.py:109-111` of the original.
-    """
-    if images.dtype == torch.uint8:
-        return images.to(torch.float32).mul_(2 / 255).sub_(1)
-    return images
-
-
-def check_fills_batch(images: int, batch_size: int) -> None:
-    """Raise InvalidValue where there are fewer images than one batch takes."""
-    if images < batch_size:
-        raise InvalidValue(
-            f"{images} images do not fill one batch of {batch_size}; "
-            f"use a batch_size of at most {images}"
-        )
+from bnnlib.data.images import scale_pixels
+from bnnlib.errors import InvalidValue, check_fills_batch, check_whole
 
 
 class Batches:

@@ -89,3 +89,12 @@ def check_whole(name: str, value: object, low: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise InvalidValue(f"{name} must be a whole number, {low} or more, got {shown(value)}")
     return int(value)
+
+
+def check_fills_batch(images: int, batch_size: int) -> None:
+    """Raise InvalidValue where there are fewer images than one batch takes."""
+    if images < batch_size:
+        raise InvalidValue(
+            f"{images} images do not fill one batch of {batch_size}; "
+            f"use a batch_size of at most {images}"
+        )

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, and read without being trusted.
 
-JSON, tables (CSV), and tensors (safetensors); nothing is pickled. A folder can be locked.
+JSON and tables (CSV); nothing is pickled. A folder can be locked.
 """
 
 import csv
@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, InvalidValue, shown
 
@@ -222,40 +219,6 @@ def _number(cell: str) -> float:
     """A float, or an int where that would be another number, such as a large seed."""
     number = float(cell or "nan")
     return int(cell) if abs(number) >= 2**53 and cell.isdecimal() else number
-
-
-# ----------------------------------------------------------------------------------- tensors
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> bytes:
-    """Tensors by name, and texts beside them, in the safetensors format.
-
-    To be written by `atomic_write`: the library's own `save_file` maps the file into memory,
-    and where the disk is full the process dies of it (SIGBUS).
-    """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(plain, dict(about or {}))
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and the texts beside them.
-
-    Raises DamagedFile for another file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Copies, because what the library returns are views of the file.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = shown(getattr(error, "strerror", None) or str(error))
-        raise DamagedFile(f"{path} is not a whole safetensors file: {reason}") from error
-
-
-def differing(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that are missing, too many, or of another shape or type than expected."""
-    one, other = ({k: (t.shape, t.dtype) for k, t in ts.items()} for ts in (tensors, expected))
-    return [name for name in other | one if one.get(name) != other.get(name)]
 
 
 def check_is_file(path: Path) -> None:

@@ -1,10 +1,10 @@
 """Layers with latent weights, and the batch normalization of the original.
 
-A binary layer keeps a real-valued *latent* weight in [-1, 1] and computes with its binarization.
+A binary layer keeps a real-valued *latent* weight and computes with what its quantizer makes of it.
 Layers take and give float tensors, (B, C, H, W) or (B, features).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import sqrt
 
@@ -12,61 +12,100 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnlib.errors import InvalidValue, check_name
+from bnnlib.errors import InvalidValue, check_name, check_whole
 from bnnlib.kernels import products
-from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh
+from bnnlib.kernels.products import Geometry
+from bnnlib.names import STATISTICS, WEIGHT_MODES, parameters_of
+from bnnlib.quantizers import (
+    approx_sign,
+    binarize,
+    binarize_stochastic,
+    binary_sigmoid,
+    binary_tanh,
+    real,
+    uniform_like,
+)
 
-MODES = ("deterministic", "stochastic", "real")
-STATISTICS = ("running", "batch")
+Quantizer = Callable[..., Tensor]
+SIGNS = (binarize, binarize_stochastic, binary_tanh, approx_sign)  # make +1 and -1 alone
+
+
+def draws(quantizer: Quantizer) -> bool:
+    """Whether a quantizer takes a generator to draw from, in a parameter of that name."""
+    called = quantizer.forward if isinstance(quantizer, nn.Module) else quantizer
+    return "generator" in parameters_of(called)
 
 
 class BinaryLayer(nn.Module):
-    """A layer with a latent weight; `mode` says what it computes with.
+    """A layer with a latent weight W, which computes with `quantizer(W)`.
 
-    - "deterministic": sign(W); "stochastic": a fresh sample of +1/-1 each call, drawn from
-      `self.generator`; "real": W itself, which stays in [-1, 1].
+    - `quantizer`: any function or module from a latent weight to a weight of the same shape; one
+      that has a parameter `generator` is given `self.generator`, which `seed_layers` sets (None:
+      PyTorch's own).
+    - `mode`: how it is evaluated, see `evaluating`; None: with its quantizer.
     - `lr_scale` = sqrt((fan_in + fan_out) / 1.5) multiplies the learning rate of W; the
       original calls it `W_LR_scale = "Glorot"` (`binary_net_random_labels.py:104,152`).
 
-    Biases are real-valued and never binarized. W starts as U(-1, 1), drawn from `generator`.
+    Biases are real-valued and never quantized. W starts as U(-1, 1), drawn from `generator`
+    (None: PyTorch's own).
     """
 
     def __init__(
-        self, shape: tuple[int, ...], generator: torch.Generator, mode: str = "deterministic"
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        quantizer: Quantizer,
+        generator: torch.Generator | None,
     ):
         super().__init__()
-        check_name("weight mode", mode, MODES)
-        self.mode = mode
-        self.generator: torch.Generator | None = None  # for sampling, set by `seed_layers`
+        if not callable(quantizer):
+            raise InvalidValue(f"quantizer must be a function or a module, got {quantizer!r}")
+        self.quantizer, self.draws = quantizer, draws(quantizer)
+        self.mode: str | None = None
+        self.generator: torch.Generator | None = None
         self.precision = "float32"  # or "mixed" or "half", set by `precision.set_precision`
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
         receptive_field = self.weight[0, 0].numel()  # 9 for a 3x3 convolution, else 1
         self.lr_scale = sqrt((shape[0] + shape[1]) * receptive_field / 1.5)
 
+    def used_quantizer(self) -> tuple[Quantizer, bool]:
+        """What this call computes with, and whether it draws."""
+        if self.mode is None or (self.mode == "deterministic" and self.is_deterministic):
+            return self.quantizer, self.draws
+        return {
+            "deterministic": (binarize, False),
+            "stochastic": (binarize_stochastic, True),
+            "real": (real, False),
+        }[self.mode]
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the quantizer makes a weight that is not W, always the same one."""
+        return not self.draws and self.quantizer is not real
+
     def effective_weight(self) -> Tensor:
         """The weight of this call: same shape as the latent weight, differentiable."""
-        if self.mode == "deterministic":
-            return binarize(self.weight)
-        if self.mode == "real":
-            return self.weight
-        if self.generator is None:
-            raise InvalidValue("stochastic weights need a generator: call seed_layers(model, seed)")
-        return binarize_stochastic(self.weight, self.generator)
+        quantizer, drawn = self.used_quantizer()
+        return quantizer(self.weight, generator=self.generator) if drawn else quantizer(self.weight)
 
-    def operands(self) -> tuple[Tensor, Tensor, bool, str]:
+    def operands(self) -> tuple[Tensor, Tensor | None, bool, str]:
         """Weight and bias of this call, whether signs are still to be taken, and the precision.
 
-        The product takes deterministic signs itself, so as not to keep them; a subclass, or a
-        user, that has another `effective_weight` gets that one. Real weights are never rounded.
+        The product takes plain signs itself, so as not to keep them; any other quantizer, and a
+        subclass with an `effective_weight` of its own, gets that weight. Only sums of signs are
+        taken in less than float32.
         """
         own = getattr(self.effective_weight, "__func__", None) is BinaryLayer.effective_weight
-        signs = own and self.mode == "deterministic"
-        precision = self.precision if own and self.mode != "real" else "float32"
+        quantizer, _ = self.used_quantizer()
+        signs = own and quantizer is binarize
+        precision = self.precision if own and quantizer in SIGNS else "float32"
         return self.weight if signs else self.effective_weight(), self.bias, signs, precision
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, mode={self.mode!r}"
+        name = getattr(self.quantizer, "__name__", type(self.quantizer).__name__)
+        bias = "" if self.bias is not None else ", bias=False"
+        return f"{tuple(self.weight.shape)}, quantizer={name}{bias}"
 
 
 class BinaryLinear(BinaryLayer):
@@ -75,18 +114,30 @@ class BinaryLinear(BinaryLayer):
     Source: `DenseLayer` in `binary_net_random_labels.py:92-131` of the original.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, generator, mode="deterministic"):
-        super().__init__((out_features, in_features), generator, mode)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quantizer: Quantizer = binarize,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__((out_features, in_features), bias, quantizer, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return products.linear(x, *self.operands())
 
 
 class BinaryConv2d(BinaryLayer):
-    """Convolution with binary weights, stride 1: ([B,] in, H, W) -> ([B,] out, H, W).
+    """Convolution with binary weights, as `nn.Conv2d`: ([B,] in, H, W) -> ([B,] out, H', W').
 
-    The border is filled with `pad_value`. The original pads with 0, a third value beside
-    +1 and -1; 1.0 or -1.0 keeps every input of the sum binary.
+    - `kernel_size`, `stride`, `padding`: a number, or one for the height and one for the width.
+    - `padding`: "same" lays half a kernel around the image, so H' = ceil(H / stride), for odd
+      kernels; "valid" is 0.
+    - `pad_value` fills the border. The original pads with 0, a third value beside +1 and -1; 1.0
+      or -1.0 keeps every input of the sum binary.
+
+    Raises InvalidValue for sizes and groups with which no convolution is defined.
     Source: `Conv2DLayer` in `binary_net_random_labels.py:134-177` of the original.
     """
 
@@ -94,23 +145,55 @@ class BinaryConv2d(BinaryLayer):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        pad_value: float = 0.0,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        bias: bool = True,
+        groups: int = 1,
+        quantizer: Quantizer = binarize,
+        generator: torch.Generator | None = None,
         *,
-        generator: torch.Generator,
-        mode: str = "deterministic",
+        pad_value: float = 0.0,
     ):
-        if kernel_size % 2 == 0:
-            raise InvalidValue(f"kernel_size must be odd to keep the image size, got {kernel_size}")
-        super().__init__((out_channels, in_channels, kernel_size, kernel_size), generator, mode)
-        self.padding = kernel_size // 2
+        kernel, stride = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
+        if check_whole("groups", groups, 1) and (in_channels % groups or out_channels % groups):
+            raise InvalidValue(
+                f"groups must divide in_channels and out_channels, got {groups} for "
+                f"{in_channels} and {out_channels}"
+            )
+        super().__init__((out_channels, in_channels // groups, *kernel), bias, quantizer, generator)
+        self.geometry = Geometry(stride, _padding(padding, kernel), groups)
         self.pad_value = pad_value
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = self.padding
+        geometry = self.geometry
         if self.pad_value != 0:
-            x, padding = F.pad(x, (padding,) * 4, value=self.pad_value), 0
-        return products.conv2d(x, *self.operands(), padding)
+            vertical, horizontal = geometry.padding
+            x = F.pad(x, (horizontal, horizontal, vertical, vertical), value=self.pad_value)
+            geometry = geometry._replace(padding=(0, 0))
+        return products.conv2d(x, *self.operands(), geometry)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stride={self.geometry.stride}"
+
+
+def _pair(name: str, value: int | tuple[int, int], low: int) -> tuple[int, int]:
+    """A size as a number for the height and one for the width."""
+    parts = value if isinstance(value, tuple | list) else (value, value)
+    if len(parts) != 2:
+        raise InvalidValue(f"{name} must be a number or two, got {value!r}")
+    return check_whole(name, parts[0], low), check_whole(name, parts[1], low)
+
+
+def _padding(padding: str | int | tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(padding, str):
+        return _pair("padding", padding, 0)
+    check_name("padding", padding, ("same", "valid"))
+    if padding == "valid":
+        return 0, 0
+    if not kernel[0] % 2 or not kernel[1] % 2:
+        raise InvalidValue(f"kernel_size must be odd for padding 'same', got {kernel}")
+    return kernel[0] // 2, kernel[1] // 2
 
 
 class BatchNorm(nn.Module):
@@ -140,8 +223,9 @@ class BatchNorm(nn.Module):
             x, self.weight, self.bias, None, None, True, 0.0, self.eps
         )
         if self.training:
-            self.running_mean.lerp_(mean.detach(), self.alpha)
-            self.running_inv_std.lerp_(inv_std.detach(), self.alpha)
+            kind = self.running_mean.dtype  # autocast has another one
+            self.running_mean.lerp_(mean.detach().to(kind), self.alpha)
+            self.running_inv_std.lerp_(inv_std.detach().to(kind), self.alpha)
         return y
 
     def _normalize_with_averages(self, x: Tensor) -> Tensor:
@@ -175,8 +259,8 @@ class BinarySigmoid(nn.Module):
 class Dropout(nn.Module):
     """In training, zeroes each entry with probability p and scales the rest by 1 / (1 - p).
 
-    Draws from `self.generator`, set by `seed_layers`; `nn.Dropout` would draw from PyTorch's
-    global one. Source: Srivastava et al. 2014; Lasagne `DropoutLayer`.
+    Draws from `self.generator`, set by `seed_layers`; None is PyTorch's own, as for `nn.Dropout`.
+    Source: Srivastava et al. 2014; Lasagne `DropoutLayer`.
     """
 
     def __init__(self, p: float):
@@ -189,19 +273,38 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if self.generator is None:
-            raise InvalidValue("dropout needs a generator: call seed_layers(model, seed)")
-        keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p
+        keep = uniform_like(x, self.generator) >= self.p
         return x * keep.to(x.dtype).div_(1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def seed_layers(model: nn.Module, seed: int) -> nn.Module:
-    """Give all random layers of `model` one new generator with this seed, on the model's device."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+class Activation(nn.Module):
+    """Any function of one tensor as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+        if function in SIGNS:
+            self.values = (-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def seed_layers(model: nn.Module, seed: int | None) -> nn.Module:
+    """Give all random layers of `model` one new generator with this seed, on the model's device.
+
+    None: they draw from PyTorch's own generator, as they do at first.
+    """
+    generator = None
+    if seed is not None:
+        device = next(model.parameters(), torch.empty(0)).device
+        generator = torch.Generator(device).manual_seed(seed)
     for layer in model.modules():
         if hasattr(layer, "generator"):
             layer.generator = generator
@@ -225,21 +328,26 @@ def evaluating(
 ) -> Iterator[nn.Module]:
     """Inside the `with` block `model` is in evaluation mode; afterwards it is as it was before.
 
-    - `weights`: what binary layers compute with, one of `MODES`; None: as in training.
+    - `weights`: what binary layers compute with. None: as in training; "deterministic": what
+      their quantizer makes of W, and sign(W) where that one draws or leaves W as it is;
+      "stochastic": samples of +1/-1; "real": W itself.
     - `statistics`: what batch normalization uses, the "running" averages or those of the
       evaluated "batch". Neither changes the averages.
     - `seed`: of stochastic weights, drawn anew at each forward pass. The generator that
       trains the model does not move.
     """
-    check_name("weight mode", weights or "deterministic", MODES)
+    check_name("weight mode", weights or "deterministic", WEIGHT_MODES)
     check_name("statistics", statistics, STATISTICS)
     device = next(model.parameters(), torch.empty(0)).device
     generator = torch.Generator(device).manual_seed(seed)
     changes = [(module, "training", False) for module in model.modules()]
     for layer in binary_layers(model):
         changes += [(layer, "generator", generator), (layer, "mode", weights or layer.mode)]
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    changes += [(norm, "statistics", statistics) for norm in norms]
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            changes.append((module, "statistics", statistics))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and statistics == "batch":
+            changes += [(module, "running_mean", None), (module, "running_var", None)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
         for change in changes:
@@ -248,15 +356,3 @@ def evaluating(
     finally:
         for change in before:
             setattr(*change)
-
-
-@torch.no_grad()
-def binarize_parameters_(model: nn.Module) -> nn.Module:
-    """Replace every latent weight by its sign, in place.
-
-    A network with deterministic weights computes the same function afterwards.
-    Source: `svhn_evaluation_random_labels.py:321-325` of the original.
-    """
-    for layer in binary_layers(model):
-        layer.weight.copy_(binarize(layer.weight))
-    return model

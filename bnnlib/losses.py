@@ -1,10 +1,12 @@
 """What is minimized and what is counted, from scores (B, classes) and labels (B,)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # scores (B, C), labels (B,) -> a scalar
 
 
 def squared_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -14,8 +16,24 @@ def squared_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
     -0.8 on ten classes gives 0.36, the loss of a network that has learned nothing.
     Source: `svhn_random_labels.py:340` of the original.
     """
-    targets = torch.full_like(logits, -1).scatter_(1, labels.unsqueeze(1), 1)  # (B, C) +-1
-    return F.relu(1 - targets * logits).square().mean()
+    return F.relu(1 - _targets(logits, labels) * logits).square().mean()
+
+
+def hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """mean over batch and classes of max(0, 1 - t y), with t as in `squared_hinge_loss`.
+
+    Source: Cortes & Vapnik 1995, for each class against the others.
+    """
+    return F.relu(1 - _targets(logits, labels) * logits).mean()
+
+
+def _targets(logits: Tensor, labels: Tensor) -> Tensor:
+    """+1 for the label, -1 for the other classes: (B, C).
+
+    In float32 at least, and so is the loss, as PyTorch's own losses are under autocast.
+    """
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    return torch.full_like(logits, -1, dtype=kind).scatter(1, labels.unsqueeze(1), 1)
 
 
 def l2_penalty(parameters: Iterable[Tensor]) -> Tensor | float:

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bnnlib.data import DATASETS
 from bnnlib.errors import InvalidValue, check_name, shown, unknown_name
 from bnnlib.experiments.experiment import ALLOWED, Experiment, Range
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import named
+from bnnlib.names import DATASETS, check_dataset
 from bnnlib.probes import epochs_to_reach
 from bnnlib.runs.result import Run
 
@@ -131,8 +131,8 @@ def _check_value(name: str, value: object, may_be_empty: bool) -> None:
         raise InvalidValue(f"parameter {name!r} must be text; got {shown(value)}")
     if name == "profile":
         check_name("profile", value, PROFILES)
-    if name == "dataset" and not (value.endswith(".npz") or (may_be_empty and value == "")):
-        check_name("dataset", value, PICTURES)
+    if name == "dataset" and not (may_be_empty and value == ""):
+        check_dataset(name, value, PICTURES)
 
 
 def _read_parameter(statement: ast.stmt) -> tuple[str, object]:

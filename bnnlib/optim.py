@@ -1,4 +1,7 @@
-"""The original's Adam: a Glorot-scaled rate for each binary layer, then a clip to [-1, 1]."""
+"""Optimizers of latent weights: rates scaled layer by layer, and weights kept in [-1, 1].
+
+The original's Adam, Bop, and whatever `torch.optim` has.
+"""
 
 from collections.abc import Iterable, Sequence
 from math import inf
@@ -8,6 +11,8 @@ from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue
 from bnnlib.layers import binary_layers
+from bnnlib.names import OPTIMIZERS
+from bnnlib.quantizers import sign
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
@@ -39,9 +44,10 @@ class BinaryAdam(torch.optim.Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        **more: float,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "lr_scale": 1.0, "clip": None}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | more)
 
     # Derived from the groups, so copies and pickles leave them out and begin with these.
     _read: Sequence[tuple[float, ...]] = ()  # lr * lr_scale, beta1, beta2 of each group
@@ -140,3 +146,99 @@ class BinaryAdam(torch.optim.Optimizer):
 def _laid_out_like(grad: Tensor, p: Tensor) -> Tensor:
     """`grad` in the memory format of `p`; the fused kernel takes both to be in the same order."""
     return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+
+
+class Bop(BinaryAdam):
+    """The binary optimizer: binary weights flip, and there are no latent ones.
+
+    With the gradient g of a binary weight w, m <- (1 - gamma) m + gamma g, and w flips where
+    |m| > threshold and m has the sign of w. The weights that `parameter_groups` marks start as
+    their signs and stay +1 or -1; all other parameters move as in `BinaryAdam`, at `lr`.
+    A schedule that lowers the rate lowers gamma in proportion; the paper lowers gamma in steps.
+
+    Raises InvalidValue for a gamma outside (0, 1], a negative threshold, groups without binary
+    weights, and as `BinaryAdam`.
+    Source: Helwegen et al., "Latent Weights Do Not Exist", NeurIPS 2019 (arXiv:1906.02107),
+    algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        gamma: float = 5e-3,
+        threshold: float = 1e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        defaults = {"gamma": gamma, "threshold": threshold, "initial_lr": lr}
+        super().__init__(params, lr, betas, eps, **defaults)
+        if all(group["clip"] is None for group in self.param_groups):
+            raise InvalidValue("Bop needs binary weights; give it parameter_groups(model)")
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict) -> None:
+        """As `BinaryAdam`'s; binary weights become their signs."""
+        group = self.defaults | param_group
+        if not 0 < group["gamma"] <= 1 or not 0 <= group["threshold"] < inf:
+            raise InvalidValue(
+                "gamma must be above 0 and at most 1, and threshold 0 or more, got "
+                f"{group['gamma']} and {group['threshold']}"
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"] if group["clip"] is not None else ():
+            p.copy_(sign(p))
+
+    def _step_group(self, group: dict, rate: Tensor) -> None:
+        if group["clip"] is None:
+            return super()._step_group(group, rate)
+        gamma = group["gamma"] * group["lr"] / group["initial_lr"] if group["lr"] else 0.0
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            m = self.moments(p)["exp_avg"].lerp_(p.grad, gamma)
+            flips = (m * p).gt_(group["threshold"])  # m p is |m| where their signs agree
+            p.mul_(1 - 2 * flips)
+
+    def moments(self, p: Tensor) -> dict[str, Tensor]:
+        """The running average m of a binary weight's gradient; of others as in `BinaryAdam`."""
+        state, groups = self.state[p], [g for g in self.param_groups if g["clip"] is not None]
+        if not state and any(p is binary for group in groups for binary in group["params"]):
+            state["exp_avg"] = torch.zeros_like(p)
+        return state or super().moments(p)
+
+
+# ------------------------------------------------------------------------ optimizers by name
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer of this name in `OPTIMIZERS`, for all parameters of a model.
+
+    `BinaryAdam` and `Bop` keep latent weights in [-1, 1]; for others `clip_latent_weights` does,
+    after each step. Their rates are scaled by `set_rate`.
+    Raises InvalidValue where it cannot take these parameters.
+    """
+    make = OPTIMIZERS[name]
+    try:
+        optimizer = make(parameter_groups(model), lr=lr)
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(f"optimizer {name!r} cannot train this network: {error}") from error
+    set_rate(optimizer, lr)
+    return optimizer
+
+
+@torch.no_grad()
+def clip_latent_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Clip parameters to the `clip` of their group: what `fit` does after a step of others."""
+    for group in optimizer.param_groups:
+        if group.get("clip") is not None:
+            for p in group["params"]:
+                p.clamp_(-group["clip"], group["clip"])
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Train at the rate `lr` from now on, times the `lr_scale` of each group that has one."""
+    scales_itself = isinstance(optimizer, BinaryAdam)
+    for group in optimizer.param_groups:
+        group["lr"] = lr if scales_itself else lr * group.get("lr_scale", 1.0)

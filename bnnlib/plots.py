@@ -12,10 +12,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from bnnlib.batches import scale_pixels
 from bnnlib.data import ImageSet
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
-from bnnlib.training import History
+from bnnlib.history import History
 
 GREY = "#7a7a7a"  # readable on white and on the dark theme
 # Okabe and Ito's colours, which colour-blind readers can tell apart; those too dark or too

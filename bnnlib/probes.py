@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bnnlib.batches import Batches, scale_pixels
+from bnnlib.batches import Batches
 from bnnlib.data import ImageSet
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import check_name
+from bnnlib.history import History
 from bnnlib.layers import binary_layers, evaluating
-from bnnlib.training import Evaluation, EvaluationMode, History, TrainingState, evaluate
+from bnnlib.names import PROBES
+from bnnlib.training import Evaluation, EvaluationMode, TrainingState, evaluate
 
-PROBES = ("flips", "saturation", "parts", "modes", "critical")
 CRITICAL_IMAGES = 64  # first training images, for the probe "critical"
 CRITICAL_RADIUS = 8 * 2 / 255  # eight grey levels, on the scale of [-1, 1]
 

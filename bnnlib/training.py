@@ -1,26 +1,26 @@
-"""The training loop, in plain sight: a step, an epoch, an evaluation, `fit`, and its `History`."""
+"""The training loop, in plain sight: a step, an epoch, an evaluation, `fit`."""
 
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, isfinite, isnan, nan
-from pathlib import Path
+from math import ceil, isfinite, nan
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnnlib.batches import Batches
-from bnnlib.errors import DamagedFile, InvalidValue, NotFinite, check_name, unknown_name
-from bnnlib.files import Row, read_table, write_table
+from bnnlib.errors import InvalidValue, NotFinite, check_name
+from bnnlib.files import Row
+from bnnlib.history import History, describe_row
 from bnnlib.kernels.graphs import GraphedStep
 from bnnlib.layers import binary_layers, evaluating, random_generator
-from bnnlib.losses import mistakes, squared_hinge_loss
-from bnnlib.optim import BinaryAdam
+from bnnlib.losses import Loss, mistakes, squared_hinge_loss
+from bnnlib.names import SCHEDULES
+from bnnlib.optim import BinaryAdam, clip_latent_weights, set_rate
 
-SCHEDULES = ("exponential", "linear")
 # Images at once. On a CPU few, so that it takes no more memory than training did.
 EVALUATION_BATCH = {"cpu": 50, "cuda": 2000}
 SAMPLED_BATCH = 500  # images for which stochastic weights are drawn once, on every device
@@ -41,62 +41,6 @@ def learning_rates(schedule: str, start: float, final: float, epochs: int) -> li
     if schedule == "linear":
         return [start + (final - start) * share for share in shares]
     return [start * (final / start) ** share for share in shares]
-
-
-# ----------------------------------------------------------------------------------- history
-
-
-@dataclass
-class History:
-    """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
-
-    Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
-    they were fitted; the other errors are those of the model after the epoch, and NaN in
-    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, column: str) -> list[float]:
-        """One column, a value for each epoch; an unknown name is an InvalidValue."""
-        if self.rows and column not in self.columns:
-            raise unknown_name("history column", column, self.columns)
-        return [row.get(column, nan) for row in self.rows]
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of all columns, in the order in which they first appear."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
-
-    def last(self, column: str) -> float:
-        """The value after the last epoch; NaN where there was none."""
-        return self[column][-1] if self.rows else nan
-
-    @property
-    def chance(self) -> float:
-        """Error of a blind guess among the classes, counted by the columns of their errors.
-
-        A history without such columns is taken to be of ten classes.
-        """
-        names = {name.rpartition("_class_")[2] for name in self.columns if "_error_class_" in name}
-        return 1 - 1 / (len(names) or 10)
-
-    def save(self, path: str | Path, exact: bool = False) -> None:
-        """Write a CSV file with a header, whole or not at all; `exact`: to the last bit."""
-        write_table(path, self.rows, self.columns, exact)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "History":
-        """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
-        rows = read_table(path)
-        for row in rows:
-            if not row.get("epoch", nan).is_integer():
-                raise DamagedFile(f"{path} is no history: a row has no epoch, a whole number")
-            row["epoch"] = int(row["epoch"])
-        return cls(rows)
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -148,7 +92,7 @@ def _evaluation_batch(model: nn.Module, batches: Batches, statistics: str) -> in
     """Images at once, for a model that is in the mode it is evaluated in."""
     if statistics == "batch":
         return ceil(len(batches) / ceil(len(batches) / batches.batch_size))
-    if any(layer.mode == "stochastic" for layer in binary_layers(model)):
+    if any(layer.used_quantizer()[1] for layer in binary_layers(model)):
         return SAMPLED_BATCH
     return EVALUATION_BATCH.get(batches.labels.device.type, SAMPLED_BATCH)
 
@@ -180,6 +124,7 @@ class TrainingState:
     wrong: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # mistakes
     started: float = 0.0  # of the epoch, on the clock `time.perf_counter`
     signs: dict[str, Tensor] = field(default_factory=dict)  # as it began, for the probe "flips"
+    steps: int = 0  # in all epochs
 
     @property
     def where(self) -> str:
@@ -197,7 +142,8 @@ class TrainingState:
         """
         losses, tensors = self.losses[: self.done], dict(self.model.state_dict())
         for name, p in self.model.named_parameters():
-            tensors |= {f"{k} of {name}": v for k, v in self.optimizer.state.get(p, {}).items()}
+            moments = self.optimizer.state.get(p, {}).items()
+            tensors |= {f"{k} of {name}": v for k, v in moments if isinstance(v, Tensor)}
         # One number to wait for: of tensors with a NaN or an infinity the sum is one, too.
         if sum(t.sum() for t in (losses, *tensors.values())).isfinite():
             return
@@ -213,15 +159,21 @@ class TrainingState:
 class Step:
     """A training step on the next batch of an epoch, to be called once for each.
 
-    `begin_epoch` says in which order the batches come. What `penalty` returns is added to the
-    loss. The step takes nothing from the host but the order and the learning rate, once an
-    epoch, and leaves loss and mistakes on the device, until somebody reads them. On a GPU it
-    becomes one graph, and waits for nothing; on a CPU it raises NotFinite instead of a step on a
-    loss that is no finite number.
+    `begin_epoch` says in which order the batches come. What `penalty` returns is added to
+    `loss(scores, labels)`. The step takes nothing from the host but the order and the learning
+    rate, once an epoch, and leaves loss and mistakes on the device, until somebody reads them. On
+    a GPU it becomes one graph, and waits for nothing, where all that it calls is known to allow
+    that; on a CPU it raises NotFinite instead of a step on a loss that is no finite number.
     """
 
-    def __init__(self, state: TrainingState, batches: Batches, penalty: Penalty | None = None):
-        self.state, self.batches, self.penalty = state, batches, penalty
+    def __init__(
+        self,
+        state: TrainingState,
+        batches: Batches,
+        penalty: Penalty | None = None,
+        loss: Loss = squared_hinge_loss,
+    ):
+        self.state, self.batches, self.penalty, self.loss = state, batches, penalty, loss
         device, count = batches.labels.device, batches.n_batches
         self.order = torch.zeros(count, batches.batch_size, dtype=torch.int64, device=device)
         self.next = torch.zeros(1, dtype=torch.int64, device=device)  # the batch that comes
@@ -229,8 +181,7 @@ class Step:
         self.wrong = torch.zeros(count, dtype=torch.int64, device=device)
         self.looks = device.type == "cpu"  # at each loss; a GPU would have to be waited for
         self._call = self._train
-        # Other optimizers count and compute on the host, where a graph would not see it.
-        if device.type == "cuda" and isinstance(state.optimizer, BinaryAdam):
+        if device.type == "cuda" and _can_be_captured(state, loss):
             generator = random_generator(state.model)
             generators = [] if generator is None else [generator]
             zero_grad = state.optimizer.zero_grad
@@ -259,23 +210,37 @@ class Step:
         """Train on one batch; its loss and its count of mistakes go to the state."""
         self._call()
         self.state.done += 1
+        self.state.steps += 1
 
     def _train(self) -> None:
         model, optimizer = self.state.model, self.state.optimizer
         optimizer.zero_grad()  # so that the last gradients leave room for the activations
         x, labels = self.batches.take(self.order.index_select(0, self.next)[0])
         logits = model(x)
-        loss = squared_hinge_loss(logits, labels)
+        loss = self.loss(logits, labels)
         if self.penalty:
             loss = loss + self.penalty()
         if self.looks and not isfinite(loss.item()):
             where = self.state.at(self.state.done + 1)
             raise _loss_not_finite(loss.item(), where, first_not_finite(model, x))
         loss.backward()
-        optimizer.step()  # moves the latent weights and clips them to [-1, 1]
+        optimizer.step()  # moves the latent weights, and ours clip them to [-1, 1]
+        if not isinstance(optimizer, BinaryAdam):
+            clip_latent_weights(optimizer)
         self.losses.index_copy_(0, self.next, loss.detach().float().view(1))
         self.wrong.index_copy_(0, self.next, mistakes(logits.detach(), labels).sum().view(1))
         self.next.add_(1)
+
+
+def _can_be_captured(state: TrainingState, loss: Loss) -> bool:
+    """Whether a step can become a CUDA graph, which knows nothing of what happens on the host.
+
+    Other optimizers count there, and the code of others may look at a number.
+    """
+    parts = [loss, *(type(module) for module in state.model.modules())]
+    parts += [layer.quantizer for layer in binary_layers(state.model)]
+    ours = all(getattr(p, "__module__", "").split(".")[0] in ("bnnlib", "torch") for p in parts)
+    return ours and type(state.optimizer) is BinaryAdam
 
 
 def _loss_not_finite(loss: float, where: str, source: str | None) -> NotFinite:
@@ -330,6 +295,7 @@ def fit(
     test: Batches | None = None,
     *,
     rates: Sequence[float],
+    loss: Loss = squared_hinge_loss,
     evaluate_every: int = 1,
     mode: EvaluationMode | None = None,
     penalty: Penalty | None = None,
@@ -342,7 +308,8 @@ def fit(
     """Train for one epoch at each learning rate in `rates`; returns the `History`.
 
     Begins where `state` is, and moves it. Errors are computed every `evaluate_every` epochs and
-    after the last, in `mode`. What `penalty` returns is added to the loss. `measure` is given
+    after the last, in `mode`. `loss` is any function of scores (B, C) and labels (B,) to a
+    scalar; what `penalty` returns is added to it. `measure` is given
     the state and the evaluations of each epoch, by split, and returns more columns. `progress`
     is "bar", "lines", "none" or "auto", see `resolve_progress`.
     `after_step` is called after each training step, `after_batch` after each evaluated batch
@@ -350,14 +317,13 @@ def fit(
     training, which can go on later from `state`.
     """
     sets = {"train": train, "valid": valid, "test": test}
-    style, step = resolve_progress(progress), Step(state, train, penalty)
+    style, step = resolve_progress(progress), Step(state, train, penalty, loss)
     with _bar(style, state, len(step.order), len(rates)) as bar:
         for epoch in range(len(state.history) + 1, len(rates) + 1):
             lr = rates[epoch - 1]
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
-            loss, error = train_epoch(step, lambda: (bar.update(), after_step()))
-            row = {"epoch": epoch, "learning_rate": lr, "train_loss": loss}
+            set_rate(state.optimizer, lr)
+            mean, error = train_epoch(step, lambda: (bar.update(), after_step()))
+            row = {"epoch": epoch, "learning_rate": lr, "train_loss": mean}
             row["train_mode_error"] = error
             due = epoch % evaluate_every == 0 or epoch == len(rates)
             tested = {name: batches for name, batches in sets.items() if batches and due}
@@ -412,10 +378,3 @@ def _report(row: Row, epochs: int, evaluate_every: int, style: str, bar: tqdm) -
     stride = ceil(epochs / 10 / evaluate_every) * evaluate_every
     if style == "lines" and (row["epoch"] in (1, epochs) or row["epoch"] % stride == 0):
         print(text, file=sys.stderr, flush=True)
-
-
-def describe_row(row: Row) -> str:
-    """One epoch in a few words, without the errors that were not computed."""
-    loss = [f"loss {row['train_loss']:.3f}"] if "train_loss" in row else []
-    errors = [(k, row.get(f"{k}_error", nan)) for k in ("train", "valid", "test")]
-    return "  ".join([*loss, *(f"{k} error {100 * e:.1f} %" for k, e in errors if not isnan(e))])

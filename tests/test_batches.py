@@ -4,8 +4,9 @@ from itertools import chain
 import pytest
 import torch
 
-from bnnlib.batches import Batches, scale_pixels
+from bnnlib.batches import Batches
 from bnnlib.corruption import gaussian_inputs
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
 
 

@@ -3,23 +3,35 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
+from math import inf, nan
 from pathlib import Path
 
+import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from bnnlib.cli import main, parse_field, parse_seeds, parse_settings
+import bnnlib
+from bnnlib.cli import main
+from bnnlib.cli.texts import as_duration, as_text, parse_field, parse_seeds, parse_settings
 from bnnlib.errors import BnnlibWarning, InvalidValue
-from bnnlib.experiments.experiment import FIELDS
+from bnnlib.experiments.experiment import FIELDS, MEANINGS
 from bnnlib.experiments.originals import PUBLISHED, published
 from bnnlib.experiments.variants import EXPERIMENTS, VARIANTS
-from bnnlib.runs.folder import is_finished, load_run
+from bnnlib.files import read_json, write_json
+from bnnlib.history import History
+from bnnlib.names import LOSSES, USED
+from bnnlib.runs.folder import load_run
+from bnnlib.runs.record import HISTORY, RECORD, RESULTS, SURROUNDINGS, is_finished
 from bnnlib.runs.result import differences
 
 RUN = ("run", "svhn-random-labels", "--profile", "smoke")
@@ -59,16 +71,121 @@ def test_each_experiment_is_listed_in_a_line_or_with_every_field(options, listed
         assert entry["lr_decay"] == e.lr_decay
 
 
-def test_every_field_is_described_at_a_profile():
-    lines = call("describe", "cifar10-dropout").stdout.splitlines()
-    shown = {line[:23].strip(): line[23:] for line in lines}
-    assert shown.keys() == FIELDS.keys() | {"lr_decay", "steps"}
-    assert (shown["epochs"], shown["dropout"], shown["dataset"]) == (
-        "1000",
-        "(0.5, 0.5)",
-        "cifar10",
+def test_each_field_is_described_with_its_value_and_its_meaning():
+    changed = ("--set", "seed=7", "--set", "width=1")
+    text = call("describe", "cifar10-dropout", "--profile", "full", *changed).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.split())
+    for field, value in [("epochs", "1000"), ("dropout", "0.5,0.5"), ("dataset", "cifar10")]:
+        assert f" {field} {value} {MEANINGS[field]} " in words
+    assert words.endswith("steps 900000 training steps in all")
+    starred = [line[2:24].strip() for line in text.splitlines() if line.startswith("*")]
+    assert {"seed", "dropout"} <= set(starred)
+    assert not {"name", "width", "loss", "steps"} & set(starred)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("svhn-l2",),
+        ("cifar10-dropout", "--profile", "smoke", "--set", "probes=flips", "--set", "epochs=1"),
+        ("svhn-evaluation", "--profile", "smoke", "--set", "width=0.0625", "--set", "epochs=1"),
+    ],
+)
+def test_what_is_described_is_what_is_run(asked, here, monkeypatch):
+    described = json.loads(call("describe", *asked, "--json").stdout)
+    asked_for = []
+    monkeypatch.setattr("bnnlib.runs.run.run", lambda e, out, **_: asked_for.append(e))
+    call("run", *asked)  # the last one, after what an evaluation scores
+    e = asked_for[-1]
+    assert described == json.loads(json.dumps(asdict(e))) | {
+        "lr_decay": e.lr_decay,
+        "steps": e.steps,
+    }
+
+
+def test_the_names_that_fields_take_are_listed_with_the_dictionaries_to_add_to():
+    text = call("names").stdout
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search("^weights +QUANTIZERS +deterministic, stochastic, real", text, re.MULTILINE)
+    assert re.search("^schedule +exponential, linear$", text, re.MULTILINE)
+    assert json.loads(call("names", "--json").stdout)["loss"] == list(LOSSES)
+
+
+# ------------------------------------------------------------------------------- help, in a shell
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_help_says_what_each_option_is_and_its_default(name):
+    command = main.commands[name]
+    with click.Context(command, show_default=True):
+        for option in (p for p in command.params if isinstance(p, click.Option)):
+            _, text = option.get_help_record(click.get_current_context())
+            assert "default: " in text or option.is_flag or option.multiple, option.name
+    lines = call("--help").stdout.split("Commands:\n")[1].splitlines()
+    assert [line for line in lines if line.split()[0] == name and not line.endswith("...")]
+
+
+def test_the_version_and_the_installed_command():
+    assert call("--version").stdout.split()[-1] == bnnlib.__version__
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, attribute = project["scripts"]["bnnlib"].partition(":")
+    assert getattr(import_module(module), attribute) is main
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "completion"),
+    [
+        (["describe"], "svhn-l2-g", "svhn-l2-gamma"),
+        (["run", "svhn-l2", "--profile"], "qu", "quick"),
+        (["run", "svhn-l2", "--use", "nothing.py", "--set"], "ep", "epochs="),
+    ],
+)
+def test_a_shell_completes_names(words, begun, completion):
+    complete = ShellComplete(main, {}, "bnnlib", "_BNNLIB_COMPLETE")
+    assert [item.value for item in complete.get_completions(words, begun)] == [completion]
+
+
+WITHOUT_TORCH = """
+import json, sys
+from click.testing import CliRunner
+from bnnlib.cli import main
+codes = [[CliRunner().invoke(main, words).exit_code, "torch" in sys.modules]
+         for words in json.load(sys.stdin)]
+print(json.dumps(codes))
+"""
+
+
+def test_what_needs_no_pytorch_does_not_load_it(tmp_path):
+    stored = str(RESULTS / "svhn-l2" / "reduced-seed0")
+    good = [
+        *("--help", "--version", "list", "list --variants --json", "names", "run --help"),
+        *("describe svhn-l2 --set seed=1", "describe svhn-evaluation", "show @", "compare @ @"),
+    ]
+    bad = [
+        *("rnu", "describe svhn-l3", "describe svhn-l2 --profile quik", "run svhn-l2 --set x=1"),
+        *("run svhn-l2 --set epochs=-1", "run svhn-l2 --device cud", "run svhn-l2 --precision x"),
+        *("run svhn-l2 --seeds 2-1", "run svhn-l2 --set n_train=20", "run svhn-l2 --data no"),
+        *("run svhn-l2 --set dataset=no.npz", "run svhn-l2 --out @", "show no", "plot @ no"),
+        *("run svhn-evaluation --set run_folder=no", "run svhn-l2 --checkpoint-every nan"),
+        *("evaluate @", "list --use no.py", "plot @ --out a.gif", "capacity --device x"),
+    ]
+    commands = [*good, *bad, "plot @"]  # the last one, so that PyTorch is noticed
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps(
+            [[word.replace("@", stored) for word in line.split()] for line in commands]
+        ),
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
-    assert "shapes" in call("describe", "cifar10-dropout", "--profile", "smoke").stdout
+    found = dict(zip(commands, json.loads(result.stdout), strict=True))
+    assert found.pop("plot @") == [0, True]
+    assert [line for line in good if found[line] != [0, False]] == []
+    assert [line for line in bad if found[line] not in ([1, False], [2, False])] == []
 
 
 # ------------------------------------------------------------- output that nobody can read
@@ -117,6 +234,14 @@ def test_a_closed_pipe_is_silent(arguments):
         (("capacity", "--device", "cud"), "unknown device 'cud'; did you mean 'cuda'"),
         ((*RUN, "--out", ""), "--out must be the path of a folder, got ''"),
         (("svhn-subset", "--data", ""), "--data must be the path of a folder, got ''"),
+        (("show", ""), "RUN must be the path of a folder, got ''"),
+        ((*RUN, "--precision", "hlaf"), "unknown precision 'hlaf'; did you mean 'half'"),
+        ((*RUN, "--checkpoint-every", "nan"), "must be 0 seconds or more, got nan"),
+        ((*RUN, "--use", "mine.txt"), "a file to use must end in .py, got"),
+        (
+            ("plot", str(RESULTS), "--out", "e.pgn"),
+            "unknown ending of --out '.pgn'; did you mean '.png'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_the_nearest_name_and_status_2(arguments, text, here):
@@ -130,10 +255,21 @@ def test_a_mistake_is_one_line_with_the_nearest_name_and_status_2(arguments, tex
     assert list(here.iterdir()) == []
 
 
-def test_what_is_not_there_is_one_line_and_status_1(here):
-    result = call("svhn-subset", "--data", ".")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("svhn-subset", "--data", "."), "SVHN is not in .*"),
+        ((*RUN, "--data", "nowhere"), "--data: there is no folder nowhere"),
+        ((*RUN, "--set", "dataset=my.npz"), "no file .*my.npz; a relative path is looked for.*"),
+        (("show", "nowhere"), "nowhere holds no run .*: there is no experiment.json in it"),
+        (("plot", str(RESULTS), "--out", "not/e.png"), "no folder not to write e.png in"),
+        (("list", "--use", "mine.py"), "no file .*mine.py to use"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_status_1(arguments, text, here):
+    result = call(*arguments)
     assert (result.exit_code, type(result.exception)) == (1, SystemExit)
-    assert re.fullmatch("Error: SVHN is not in .*\n", result.stderr)
+    assert re.fullmatch(f"Error: {text}\n", result.stderr)
     assert list(here.iterdir()) == []
 
 
@@ -145,7 +281,7 @@ def test_a_warning_is_one_line_and_a_signal_ends_a_command_quietly(number, here,
         warnings.warn("it is late", BnnlibWarning, stacklevel=2)
         signal.raise_signal(number)
 
-    monkeypatch.setattr("bnnlib.cli.run", run)
+    monkeypatch.setattr("bnnlib.runs.run.run", run)
     result = call(*RUN)
     assert (result.exit_code, result.stderr) == (130, "Warning: it is late\ninterrupted\n")
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
@@ -172,6 +308,24 @@ def test_a_warning_is_one_line_and_a_signal_ends_a_command_quietly(number, here,
 def test_a_value_is_read_by_the_type_of_its_field(field, text, value):
     parsed = parse_field(field, text)
     assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_value_is_written_as_it_is_read(name):
+    for field, value in vars(EXPERIMENTS[name]).items():
+        assert parse_field(field, as_text(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0.054, "0.054 s"), (9.4, "9.4 s"), (59.4, "59 s"), (478, "7 min 58 s")],
+        *[(3599.6, "1 h 0 min"), (370_000, "102 h 47 min"), (nan, "an unknown time")],
+        *[(-1, "an unknown time"), (inf, "an unknown time")],
+    ],
+)
+def test_a_time_has_at_most_two_units(seconds, text):
+    assert as_duration(seconds) == text
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -307,3 +461,171 @@ def test_an_evaluation_refuses_settings_that_its_run_has_not(here):
     scored = load_run("runs/svhn-evaluation/reduced-seed0")
     assert (scored.experiment.width, scored.experiment.dataset) == (0.125, "glyphs")
     assert scored.record["device"].endswith(", half precision")
+
+
+# -------------------------------------------------------------------------- looking at runs
+
+
+def shown(folder, *options):
+    """What `show` says of a run, by its titles."""
+    result = call("show", str(folder), *options)
+    assert result.exit_code == 0, result.output
+    return dict(re.split("  +", line, maxsplit=1) for line in result.stdout.splitlines())
+
+
+def edit_record(folder, *without, **changes):
+    record = read_json(folder / RECORD)
+    write_json(folder / RECORD, {k: v for k, v in record.items() if k not in without} | changes)
+
+
+def unfinished(folder, epochs):
+    """The folder of a finished run, as it was after so many epochs of 100 seconds."""
+    edit_record(folder, "seconds", "history_sha256", "parameter_sha256")
+    rows = History.load(folder / HISTORY).rows[:epochs]
+    History([row | {"seconds": 100.0} for row in rows]).save(folder / HISTORY)
+    return folder
+
+
+def test_a_finished_run_shows_what_it_is_and_its_errors(finished):
+    about, e, record = shown(finished.folder), finished.experiment, finished.record
+    train, test = (100 * finished.history.last(f"{split}_error") for split in ("train", "test"))
+    assert about["experiment"] == f"{e.name}: {e.summary}"
+    assert about["made by"] == f"bnnlib run {e.name} --profile smoke"
+    assert about["data"] == record["trained_on"]
+    assert about["images"] == "100 in train, 100 in test"
+    assert about["state"] == f"finished: 2 epochs in {as_duration(record['seconds'])}"
+    assert about["errors"].endswith(
+        f"train error {train:.1f} %  test error {test:.1f} %  (epoch 2)"
+    )
+    assert about["device"] == f"{record['device']}, 1 thread"
+    assert about["versions"].startswith(f"bnnlib {bnnlib.__version__}, ")
+
+
+def test_an_unfinished_run_shows_how_far_it_is_and_how_to_go_on(folder):
+    continued = read_json(folder / RECORD)
+    edit_record(unfinished(folder, 1), continued=[{k: continued[k] for k in SURROUNDINGS}])
+    about = shown(folder)
+    assert about["goes on by"].endswith(f"svhn-random-labels --profile smoke --out {folder}")
+    expected = "under way: epoch 1 of 2 after 1 min 40 s, about 1 min 40 s left; written .* s ago"
+    assert re.fullmatch(expected, about["state"])
+    assert about["errors"].endswith("(epoch 1)")
+    assert about["continued"] == f"1 time, last {continued['started']}"
+    (folder / HISTORY).unlink()
+    assert shown(folder)["state"].startswith("under way: in the first epoch of 2; written ")
+    assert shown(folder)["errors"] == "none yet"
+
+
+def test_the_command_that_is_shown_makes_the_run(here):
+    call(*RUN, "--set", "epochs=1", "--set", "seed=3", "--set", "dropout=0.5, 0.25")
+    first = Path("runs/svhn-random-labels/smoke-seed3")
+    words = shlex.split(shown(first)["made by"])
+    assert words[0] == "bnnlib"
+    assert "without" not in call(*words[1:]).stderr  # the default folder holds this run
+    assert "finished; nothing is run again" in call(*words[1:]).stderr
+
+
+def test_two_runs_are_compared_by_settings_errors_and_bits(here):
+    call(*RUN, "--seeds", "1,2", "--out", "two", "--set", "epochs=12")
+    text = call("compare", "two/seed1", "two/seed2").stdout
+    one, other = (load_run(f"two/seed{seed}") for seed in (1, 2))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["seed", "1", "2"] in rows
+    assert not [row for row in rows if row[:1] == ["width"]]
+    table = rows[rows.index(["epoch", "train", "A", "train", "B", "test", "A", "test", "B"]) + 1 :][
+        :8
+    ]
+    assert [row[0] for row in table] == ["1", "3", "4", "6", "7", "9", "10", "12"]
+    for epoch, *errors in table:
+        expected = [
+            r.history[f"{s}_error"][int(epoch) - 1] for s in ("train", "test") for r in (one, other)
+        ]
+        assert errors == [f"{100 * error:.2f}" for error in expected]
+    assert f"A: loss {one.history.last('train_loss'):.3f}  train error " in text
+    assert "equal bit for bit: images\ncolumns that differ: train_loss, train_mode_error, " in text
+    same = call("compare", "two/seed1", "two/seed1").stdout
+    assert same.endswith("\nequal bit for bit: history, times aside, images, labels, parameters\n")
+    call(*RUN, "--out", "none", "--set", "epochs=0")
+    text = call("compare", "two/seed1", "none").stdout
+    assert "no epoch was evaluated in both" in text
+    assert "B: no epoch yet" in text
+
+
+def test_runs_are_drawn_into_a_new_file_and_nothing_is_overwritten(finished, folder, here):
+    assert call("plot", str(finished.folder), str(folder)).stdout == "errors.png\n"
+    picture = Path("errors.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    again = call("plot", str(folder))
+    assert (again.exit_code, again.stderr) == (
+        2,
+        "Error: errors.png is there already; name another file with --out\n",
+    )
+    assert Path("errors.png").read_bytes() == picture
+    drawn = call("plot", str(finished.folder), str(folder), "--out", "errors.svg")
+    assert drawn.exit_code == 0, drawn.output
+    assert Path("errors.svg").read_text().count("stroke-dasharray: 7.4,3.2") == 4  # lines, legend
+    (unfinished(folder, 1) / HISTORY).unlink()
+    assert "has no errors yet" in call("plot", str(folder), "--out", "none.png").stderr
+    assert not Path("none.png").exists()
+
+
+def test_a_run_is_scored_on_what_it_was_trained_on(finished, folder):
+    error = 100 * finished.history.last("train_error")
+    assert call("evaluate", str(folder)).stdout == f"train error {error:.2f} % on 100 images\n"
+    assert call("evaluate", str(folder), "--rows", "1").stdout.endswith(" % on 1 image\n")
+    refused = call("evaluate", str(unfinished(folder, 1)))
+    assert refused.exit_code == 2
+    assert "is not finished; `bnnlib show` says how far it is" in refused.stderr
+
+
+# ------------------------------------------------------------------------ files of the user's
+
+MINE = """
+from bnnlib import LOSSES
+from bnnlib.losses import hinge_loss
+open("imports", "a").write("1")
+LOSSES["mine"] = hinge_loss
+"""
+
+
+@pytest.fixture
+def mine(here, monkeypatch):
+    """A file that registers a loss, and keeps count of its imports."""
+    monkeypatch.setattr(LOSSES, "data", dict(LOSSES.data))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("imports").touch()
+    Path("mine.py").write_text(MINE)
+    yield "mine.py"
+    USED.clear()
+
+
+def forget():
+    LOSSES.data.pop("mine", None)
+
+
+def test_a_file_of_the_users_is_imported_where_it_is_named_and_only_there(mine):
+    asked = (*RUN, "--set", "loss=mine", "--out", "out")
+    assert "unknown loss 'mine'" in call(*asked).stderr
+    assert call(*asked, "--use", mine).exit_code == 0
+    uses = load_run("out").record["uses"]
+    for words in (("show", "out"), ("compare", "out", "out"), ("plot", "out"), ("evaluate", "out")):
+        forget()
+        before = Path("imports").read_text()
+        refused = call(*words)
+        assert refused.exit_code == 2
+        assert "was made with mine.py: name that file (--use FILE" in refused.stderr
+        assert Path("imports").read_text() == before
+        used = call(*words, "--use", mine)
+        assert used.exit_code == 0, used.output
+        assert Path("imports").read_text() == before + "1"
+    assert shown("out")["uses mine.py"] == f"SHA-256 {uses['mine.py'][0][:12]}..."
+    assert "--set loss=mine --use mine.py" in shown("out")["made by"]
+    assert re.search("LOSSES .*, mine$", call("names").stdout, re.MULTILINE)
+    assert '"mine"' in call("describe", "svhn-l2", "--set", "loss=mine", "--json").stdout
+
+
+@pytest.mark.parametrize("name", ["uses", "versions"])
+def test_no_name_of_a_record_steers_a_terminal(name, folder):
+    value = {"uses": {"\x1b[2J": ["0"]}, "versions": {"\x1b[2J": "0"}}[name]
+    edit_record(folder, **{name: value})
+    refused = call("show", str(folder))
+    assert (refused.exit_code, "\x1b" in refused.output) == (1, False)

@@ -17,6 +17,7 @@ import torch
 from bnnlib import files
 from bnnlib.errors import CannotWrite, DamagedFile, FolderInUse, InvalidValue
 from bnnlib.files import LOCK, atomic_write, locked, read_json, write_json
+from bnnlib.tensors import read_tensors, tensor_bytes
 
 posix = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed")
 
@@ -113,7 +114,7 @@ def write_with_a_small_limit(path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     try:
-        atomic_write(path, files.tensor_bytes({"a": torch.zeros(10_000)}))
+        atomic_write(path, tensor_bytes({"a": torch.zeros(10_000)}))
     except CannotWrite as error:
         os._exit(0 if str(error) == f"{path} cannot be written: File too large" else 2)
     os._exit(1)
@@ -253,8 +254,8 @@ TENSORS = {
 
 def test_tensors_are_read_back_and_do_not_change_with_the_file(tmp_path):
     path = tmp_path / "tensors"
-    atomic_write(path, files.tensor_bytes(TENSORS, {"about": 'a "text"\n'}))
-    found, texts = files.read_tensors(path)
+    atomic_write(path, tensor_bytes(TENSORS, {"about": 'a "text"\n'}))
+    found, texts = read_tensors(path)
     with path.open("r+b") as file:
         file.seek(-100, os.SEEK_END)
         file.write(b"\x01" * 100)
@@ -264,7 +265,7 @@ def test_tensors_are_read_back_and_do_not_change_with_the_file(tmp_path):
         torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=0, equal_nan=True)
 
 
-WHOLE = files.tensor_bytes({"a": torch.ones(2)})
+WHOLE = tensor_bytes({"a": torch.ones(2)})
 FOREIGN = {
     "empty": b"",
     "truncated": WHOLE[:-1],
@@ -280,10 +281,10 @@ def test_what_is_no_file_of_tensors_is_refused_in_one_line(content, tmp_path):
     path = tmp_path / "tensors"
     path.write_bytes(content)
     with pytest.raises(DamagedFile, match="is not a whole safetensors file: ") as caught:
-        files.read_tensors(path)
+        read_tensors(path)
     assert str(caught.value).isprintable()
     with pytest.raises(DamagedFile, match=r"no is not a whole .*No such file"):
-        files.read_tensors(tmp_path / "no")
+        read_tensors(tmp_path / "no")
 
 
 # --------------------------------------------------------------------------------------- lock

@@ -1,6 +1,7 @@
 """Binary layers, batch normalization and dropout, each against PyTorch's or NumPy's own."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import plain
@@ -15,36 +16,53 @@ from bnnlib.layers import (
     BinaryConv2d,
     BinaryLinear,
     Dropout,
-    binarize_parameters_,
     binary_layers,
     evaluating,
     seed_layers,
 )
 from bnnlib.models import binarynet
-from bnnlib.quantizers import sign
+from bnnlib.quantizers import (
+    approx_sign,
+    binarize,
+    binarize_stochastic,
+    binary_tanh,
+    hard_sigmoid,
+    real,
+    scaled_sign,
+    sign,
+)
 
 MODES = ["deterministic", "stochastic", "real"]
 
 
-def linear(mode="deterministic", seed=0):
-    return BinaryLinear(7, 5, generator=torch.Generator().manual_seed(seed), mode=mode)
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def conv(mode="deterministic", pad_value=0.0, kernel_size=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return BinaryConv2d(3, 4, kernel_size, pad_value, generator=generator, mode=mode)
+def linear(quantizer=binarize, seed=0, **more):
+    return BinaryLinear(7, 5, quantizer=quantizer, generator=seeded(seed), **more)
+
+
+def conv(quantizer=binarize, seed=0, kernel_size=3, **more):
+    return BinaryConv2d(3, 4, kernel_size, quantizer=quantizer, generator=seeded(seed), **more)
 
 
 def batch_for(layer):
     shape = (6, 7) if isinstance(layer, BinaryLinear) else (6, 3, 5, 5)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=seeded())
 
 
 def with_weight(layer, weight, x):
     """What PyTorch's own layer gives with this weight and the layer's bias."""
     if isinstance(layer, BinaryLinear):
         return F.linear(x, weight, layer.bias)
-    return F.conv2d(x, weight, layer.bias, padding=layer.padding)
+    return F.conv2d(x, weight, layer.bias, padding=layer.geometry.padding)
+
+
+def after_seeds(*seeds, draw):
+    """What is drawn after each of these seeds of PyTorch's own generator."""
+    with torch.random.fork_rng():
+        return [draw() for seed in seeds if torch.manual_seed(seed)]
 
 
 # ----------------------------------------------------------------- layers with latent weights
@@ -61,15 +79,15 @@ class TestBinaryLayers:
         assert not torch.equal(layer.weight, other.weight)
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-    @pytest.mark.parametrize("mode", ["deterministic", "real"])
-    def test_it_is_pytorchs_layer_of_signs_or_latent_weights(self, make, mode, memory_format):
-        layer = make(mode)
+    @pytest.mark.parametrize("quantizer", [binarize, real])
+    def test_it_is_pytorchs_layer_of_signs_or_latent_weights(self, make, quantizer, memory_format):
+        layer = make(quantizer)
         x = batch_for(layer)
         if x.dim() == 4:
             layer, x = layer.to(memory_format=memory_format), x.to(memory_format=memory_format)
         layer.bias.data.copy_(torch.linspace(-1, 1, len(layer.bias)))
         weight = layer.weight.detach()
-        weight = (sign(weight) if mode == "deterministic" else weight).requires_grad_()
+        weight = (sign(weight) if quantizer is binarize else weight).requires_grad_()
         ours, theirs = layer(x.requires_grad_()), with_weight(layer, weight, x)
         assert torch.equal(ours, theirs)
         found = torch.autograd.grad(ours.square().sum(), (x, layer.weight, layer.bias))
@@ -78,7 +96,7 @@ class TestBinaryLayers:
         torch.testing.assert_close(found[2], expected[2])  # summed in another order
 
     def test_stochastic_weights_are_samples_of_the_seeded_generator(self, make):
-        layer = make(mode="stochastic")
+        layer = make(binarize_stochastic)
         x = batch_for(layer)
         first, second = seed_layers(layer, 3)(x), layer(x)
         assert not torch.equal(first, second)
@@ -86,17 +104,94 @@ class TestBinaryLayers:
         assert not torch.equal(seed_layers(layer, 4)(x), first)
         assert set(layer.effective_weight().flatten().tolist()) == {-1.0, 1.0}
 
-    def test_random_weights_without_a_generator_are_refused(self, make):
-        layer = make(mode="stochastic")
-        with pytest.raises(InvalidValue, match="seed_layers"):
-            layer(batch_for(layer))
+    def test_without_a_seed_weights_are_drawn_by_pytorchs_own_generator(self, make):
+        layer = seed_layers(seed_layers(make(binarize_stochastic), 3), None)
+        first, again, other = after_seeds(7, 7, 8, draw=partial(layer, batch_for(layer)))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
 
-    def test_unknown_mode_is_refused_with_the_nearest(self, make):
-        with pytest.raises(InvalidValue, match="'stochastics'; did you mean 'stochastic'"):
-            make(mode="stochastics")
+    def test_any_function_or_module_is_a_quantizer_and_gets_the_generator_it_asks_for(self, make):
+        def noisy(weight, generator):
+            return weight + torch.rand(weight.shape, generator=generator)
 
-    def test_description_says_shape_and_mode(self, make):
-        assert f"{tuple(make().weight.shape)}, mode='real'" in repr(make(mode="real"))
+        class Noisy(nn.Module):
+            def forward(self, weight, generator=None):
+                return noisy(weight, generator)
+
+        layer = make()
+        x, latent = batch_for(layer), layer.weight.detach()
+        drawn = latent + torch.rand(latent.shape, generator=seeded(3))
+        for quantizer, weight in (
+            (torch.tanh, latent.tanh()),
+            (nn.Hardtanh(-0.5, 0.5), latent.clamp(-0.5, 0.5)),
+            (lambda w: 2 * w, 2 * latent),
+            (noisy, drawn),
+            (Noisy(), drawn),
+        ):
+            own = seed_layers(make(quantizer), 3)
+            assert torch.equal(own(x), with_weight(layer, weight, x)), quantizer
+
+    @pytest.mark.parametrize("quantizer", ["stochastic", None, 1.0])
+    def test_what_cannot_be_called_is_no_quantizer(self, make, quantizer):
+        with pytest.raises(InvalidValue, match=f"a function or a module, got {quantizer!r}"):
+            make(quantizer)
+
+    @pytest.mark.parametrize(
+        ("quantizer", "deterministic"),
+        [
+            (binarize, sign),
+            (binary_tanh, sign),
+            (scaled_sign, scaled_sign),
+            (torch.tanh, torch.tanh),
+            (binarize_stochastic, sign),  # it draws
+            (real, sign),  # it leaves W as it is
+        ],
+    )
+    def test_what_a_layer_is_evaluated_with(self, make, quantizer, deterministic):
+        layer = make(quantizer)
+        x, latent = batch_for(layer), layer.weight.detach()
+        drawn = sign(hard_sigmoid(latent) - (1 - torch.rand(latent.shape, generator=seeded(4))))
+        expected = {"deterministic": deterministic(latent), "stochastic": drawn, "real": latent}
+        for mode, weight in expected.items():
+            with evaluating(layer, mode, seed=4):
+                torch.testing.assert_close(layer(x), with_weight(layer, weight, x))
+        with evaluating(layer, seed=4):
+            own = drawn if quantizer is binarize_stochastic else quantizer(latent)
+            torch.testing.assert_close(layer(x), with_weight(layer, own, x))
+
+    @pytest.mark.parametrize(
+        ("quantizer", "precision"),
+        [
+            *((quantizer, "half") for quantizer in (binarize, binarize_stochastic)),
+            *((quantizer, "half") for quantizer in (binary_tanh, approx_sign)),
+            *((quantizer, "float32") for quantizer in (real, scaled_sign, torch.tanh)),
+        ],
+    )
+    def test_only_sums_of_signs_are_taken_in_half(self, make, quantizer, precision):
+        layer = make(quantizer)
+        layer.precision = "half"
+        assert layer.operands()[3] == precision
+        with evaluating(layer, "real"):
+            assert layer.operands()[3] == "float32"
+
+    def test_a_layer_may_have_no_bias(self, make):
+        layer = make(bias=False)
+        x = batch_for(layer)
+        assert [name for name, _ in layer.named_parameters()] == ["weight"]
+        assert torch.equal(layer(x), with_weight(layer, sign(layer.weight), x))
+
+    def test_description_says_shape_and_quantizer(self, make):
+        shape = str(tuple(make().weight.shape))
+        assert f"{shape}, quantizer=real" in repr(make(real))
+        assert f"{shape}, quantizer=Hardtanh, bias=False" in repr(make(nn.Hardtanh(), bias=False))
+
+
+@pytest.mark.parametrize("make", [lambda: BinaryLinear(7, 5), lambda: BinaryConv2d(3, 4, 3)])
+def test_without_a_generator_weights_start_as_pytorchs_own_draws(make):
+    one, same, other = (layer.weight for layer in after_seeds(7, 7, 8, draw=make))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.abs().max() <= 1
 
 
 @pytest.mark.parametrize("pad_value", [0.0, 1.0, -1.0])
@@ -110,10 +205,56 @@ def test_border_is_filled_with_the_pad_value(pad_value, kernel_size):
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("kernel_size", [2, 4])
-def test_an_even_kernel_is_refused(kernel_size):
-    with pytest.raises(InvalidValue, match=f"odd .*got {kernel_size}"):
-        conv(kernel_size=kernel_size)
+@pytest.mark.parametrize("pad_value", [0.0, -1.0])
+@pytest.mark.parametrize(
+    ("sizes", "border"),
+    [
+        ({"stride": 2}, (1, 1)),
+        ({"stride": (1, 3), "kernel_size": (1, 5)}, (0, 2)),
+        ({"padding": "valid"}, (0, 0)),
+        ({"padding": 2, "kernel_size": 2}, (2, 2)),  # an even kernel with a border of its own
+        ({"padding": (0, 1), "kernel_size": (4, 3), "stride": (2, 1)}, (0, 1)),
+        ({"groups": 2, "stride": 2}, (1, 1)),
+        ({"groups": 4}, (1, 1)),
+    ],
+)
+def test_geometry_is_that_of_pytorchs_convolution(sizes, border, pad_value):
+    layer = BinaryConv2d(4, 8, **{"kernel_size": 3} | sizes, pad_value=pad_value)
+    nn.init.uniform_(layer.bias)
+    theirs = nn.Conv2d(4, 8, **{"kernel_size": 3} | sizes | {"padding": 0})
+    theirs.load_state_dict({"weight": sign(layer.weight), "bias": layer.bias})
+    x = torch.randn(2, 4, 7, 8, generator=seeded())
+    up, left = border
+    padded = F.pad(x, (left, left, up, up), value=pad_value)
+    assert layer.weight.shape == theirs.weight.shape
+    torch.testing.assert_close(layer(x), theirs(padded))
+
+
+@pytest.mark.parametrize(("size", "stride", "out"), [(7, 2, 4), (8, 2, 4), (8, 3, 3), (7, 1, 7)])
+def test_padding_same_keeps_the_size_up_to_the_stride(size, stride, out):
+    x = torch.zeros(1, 3, size, size)
+    for kernel_size in (1, 3, 5):
+        assert conv(kernel_size=kernel_size, stride=stride)(x).shape[2:] == (out, out)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"kernel_size": 2}, r"kernel_size must be odd for padding 'same', got \(2, 2\)"),
+        ({"kernel_size": (3, 4)}, r"kernel_size must be odd .*got \(3, 4\)"),
+        ({"kernel_size": 0}, "kernel_size must be a whole number, 1 or more, got 0"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be a number or two, got \(3, 3, 3\)"),
+        ({"stride": 0.5}, "stride must be a whole number, 1 or more, got 0.5"),
+        ({"padding": -1}, "padding must be a whole number, 0 or more, got -1"),
+        ({"padding": "some"}, "unknown padding 'some'; did you mean 'same'"),
+        ({"groups": 0}, "groups must be a whole number, 1 or more, got 0"),
+        ({"groups": 2}, "groups must divide in_channels and out_channels, got 2 for 3 and 4"),
+        ({"groups": 3}, "got 3 for 3 and 4"),
+    ],
+)
+def test_sizes_of_which_no_convolution_can_be_made_are_refused(sizes, text):
+    with pytest.raises(InvalidValue, match=text):
+        conv(**sizes)
 
 
 # --------------------------------------------------------------------- batch normalization
@@ -184,9 +325,13 @@ def test_nothing_is_dropped_in_evaluation_or_with_probability_0(layer):
     assert layer(x) is x
 
 
-def test_dropout_without_a_generator_or_a_probability_is_refused():
-    with pytest.raises(InvalidValue, match="seed_layers"):
-        Dropout(0.5)(torch.ones(3))
+def test_without_a_seed_dropout_draws_from_pytorchs_own_generator():
+    first, again, other = after_seeds(7, 7, 8, draw=partial(Dropout(0.5), torch.ones(50)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_dropout_without_a_probability_is_refused():
     for p in (-0.1, 1, float("nan")):
         with pytest.raises(InvalidValue, match=rf"\[0, 1\), got {p}"):
             Dropout(p)
@@ -226,7 +371,7 @@ def test_evaluating_holds_inside_the_block_and_is_undone_also_by_an_error(
     with evaluating(mixed, weights, statistics) as same:
         assert same is mixed
         assert not any(module.training for module in mixed.modules())
-        as_before = ["stochastic", "real", "stochastic", "stochastic"]
+        as_before = [None, "real", None, None]
         modes = [layer.mode for layer in binary_layers(mixed)]
         assert modes == ([weights] * 4 if weights else as_before)
         assert {mixed.norm1.statistics, mixed.norm4.statistics} == {statistics}
@@ -260,18 +405,14 @@ def test_unknown_ways_to_evaluate_are_refused_with_the_nearest(mixed, settings, 
         pytest.fail("the block must not be entered")
 
 
-def test_binarizing_the_parameters_replaces_weights_only_and_changes_no_output(
-    tiny, generator, images
-):
+def test_signs_are_all_that_a_network_needs_of_its_latent_weights(tiny, generator, images):
     model = binarynet(tiny, generator=generator)
     model(images)  # moves the averages away from their start
     model.eval()
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, :2] = torch.tensor([0.0, -0.0])
-    before, y = copy.deepcopy(model.state_dict()), model(images)
-    assert binarize_parameters_(model) is model
+        y = model(images)
+        for layer in binary_layers(model):
+            layer.weight.copy_(sign(layer.weight))
     assert torch.equal(model(images), y)
     assert model.conv1.weight[0, 0, 0, :2].tolist() == [1, 1]
-    latent = {f"{name}.weight" for name in ("conv1", "conv2", "dense3", "dense4")}
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, sign(before[key]) if key in latent else before[key])

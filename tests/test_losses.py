@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bnnlib.losses import error_rate, l2_penalty, mistakes, squared_hinge_loss
+from bnnlib.losses import error_rate, hinge_loss, l2_penalty, mistakes, squared_hinge_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -16,6 +16,14 @@ def test_loss_and_gradient_by_hand(dtype):
     # -2 t max(0, 1 - t y) / 6
     expected = torch.tensor([[-1, 0, 2], [4, -1.5, 0]], dtype=dtype) / 6
     torch.testing.assert_close(logits.grad, expected)
+
+
+def test_hinge_and_its_gradient_by_hand():
+    logits = torch.tensor([[0.5, -2, 0], [1, 0.25, -1]], requires_grad=True)
+    loss = hinge_loss(logits, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx((0.5 + 1 + 2 + 0.75) / 6)
+    torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 0, 1], [1, -1, 0]]) / 6)
 
 
 @pytest.mark.parametrize(("output", "loss"), [(-0.8, 0.36), (-1.0, 0.4), (0.0, 1.0)])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from bnnlib.errors import InvalidValue
 from bnnlib.layers import BinaryLayer, binary_layers
@@ -8,10 +9,12 @@ from bnnlib.models import (
     ARCHITECTURES,
     Architecture,
     ParameterCount,
+    binary_resnet18,
     binarynet,
     count_parameters,
     penalized_parameters,
 )
+from bnnlib.quantizers import real
 
 # Of the published networks: the factor on the learning rate of each latent weight.
 SCALES = {
@@ -163,9 +166,9 @@ def test_dropout_stands_before_the_norm_or_after_the_activation(settings, top):
     assert not settings or model.dropout4.p
 
 
-def test_mode_of_the_weights_and_pad_value_reach_the_layers(tiny):
+def test_quantizer_and_pad_value_reach_the_layers(tiny):
     model = binarynet(tiny, generator=seeded(), weights="real", pad_value=-1.0)
-    assert {layer.mode for layer in binary_layers(model)} == {"real"}
+    assert {layer.quantizer for layer in binary_layers(model)} == {real}
     assert (model.conv1.pad_value, model.conv2.pad_value) == (-1, -1)
 
 
@@ -194,7 +197,7 @@ def test_an_own_architecture_whose_last_pool_leaves_one_pixel():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"architecture": "cifar"}, "unknown network 'cifar'; did you mean 'cifar10'"),
+        ({"architecture": "cifar"}, "unknown architecture 'cifar'; did you mean 'cifar10'"),
         ({"activation": "binary_tan"}, "did you mean 'binary_tanh'"),
         ({"weights": "deterministically"}, "did you mean 'deterministic'"),
         ({"width": 0}, "width must be positive, got 0"),
@@ -210,3 +213,79 @@ def test_bad_settings_are_refused(settings, text):
     settings = {"architecture": "small", "width": 0.1, **settings}
     with pytest.raises(InvalidValue, match=text):
         binarynet(settings.pop("architecture"), generator=seeded(), **settings)
+
+
+# --------------------------------------------------------------------------- the residual network
+
+
+def normalized(x, norm):
+    """Evaluation: with the averages, written out."""
+    view = (1, -1, 1, 1)
+    x = (x - norm.running_mean.view(view)) * norm.running_inv_std.view(view)
+    return x * norm.weight.view(view) + norm.bias.view(view)
+
+
+def residual_by_functions(model, x, act, weight):
+    """The scores of `binary_resnet18` by calls of `torch.nn.functional` alone."""
+    x = normalized(F.conv2d(x, model.conv1.weight, padding=1), model.norm1)
+    for stage in range(1, 5):
+        for number in range(1, 5):
+            unit = model.get_submodule(f"unit{stage}_{number}")
+            stride = 2 if stage > 1 and number == 1 else 1
+            y = F.conv2d(act(x), weight(unit.conv.weight), stride=stride, padding=1)
+            if stride == 2:
+                _, project, norm = unit.shortcut
+                x = normalized(F.conv2d(F.avg_pool2d(x, 2), project.weight), norm)
+            x = normalized(y, unit.norm) + x
+    return F.linear(x.mean((2, 3)), model.dense.weight, model.dense.bias)
+
+
+def signs(x):
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+RESIDUAL = {
+    "binary": ({}, signs, signs),
+    "approx": ({"activation": "approx_sign", "weights": "approx_sign"}, signs, signs),
+    "scaled": (
+        {"weights": "scaled_sign"},
+        signs,
+        lambda w: signs(w) * w.abs().mean((1, 2, 3), keepdim=True),
+    ),
+    "float": ({"binary": False}, lambda x: x.clamp(-1, 1), lambda w: w),
+}
+
+
+@pytest.mark.parametrize(("settings", "act", "weight"), RESIDUAL.values(), ids=RESIDUAL)
+def test_the_residual_network_is_its_formula(settings, act, weight):
+    model = binary_resnet18(generator=seeded(), width=1 / 8, in_channels=1, classes=7, **settings)
+    model, x = model.double(), torch.randn(5, 1, 16, 16, generator=seeded(1)).double()
+    model(x)  # moves the averages
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.rand(p.shape, generator=seeded(2)) - 0.5)
+        scores = model.eval()(x)
+        assert scores.shape == (5, 7)
+        torch.testing.assert_close(scores, residual_by_functions(model, x, act, weight))
+
+
+def test_the_residual_network_has_16_binary_convolutions_between_real_layers():
+    model = binary_resnet18(generator=seeded())
+    layers = binary_layers(model)
+    assert [tuple(layer.weight.shape[:2]) for layer in layers[::4]] == [
+        (64, 64), (128, 64), (256, 128), (512, 256),
+    ]  # fmt: skip
+    assert len(layers) == 16
+    count = count_parameters(model)
+    assert count.binary == 9 * (
+        64 * 64 * 4 + 128 * (64 + 3 * 128) + 256 * (128 + 3 * 256) + 512 * (256 + 3 * 512)
+    )
+    twin = count_parameters(binary_resnet18(generator=seeded(), binary=False))
+    assert (twin.binary, twin.trained) == (0, count.trained)
+
+
+@pytest.mark.parametrize("size", [7, 32, 33])
+def test_the_residual_network_takes_images_of_any_size(size):
+    model = binary_resnet18(generator=seeded(), width=1 / 16)
+    assert model(torch.randn(2, 3, size, size, generator=seeded())).shape == (2, 10)

@@ -5,6 +5,7 @@ import pytest
 from bnnlib.errors import InvalidValue
 from bnnlib.experiments.profiles import quick
 from bnnlib.experiments.variants import named
+from bnnlib.history import History
 from bnnlib.notebook import (
     at_parameters,
     check_parameters,
@@ -13,7 +14,6 @@ from bnnlib.notebook import (
     spread,
 )
 from bnnlib.runs.result import Run
-from bnnlib.training import History
 
 OWN = """profile = "quick"  # size of the run
 dataset = "svhn"
@@ -134,7 +134,7 @@ def test_the_messages_name_parameter_value_and_what_is_allowed():
     assert refusal(injected("repeats = 0")) == number
     assert refusal(injected('dataset = "shape"')) == (
         "unknown dataset 'shape'; did you mean 'shapes'? "
-        "(allowed: cifar10, svhn, glyphs, shapes, a path ending in .npz)"
+        "(allowed: svhn, cifar10, glyphs, shapes, a path ending in .npz)"
     )
     assert refusal(edited("runs_folder = 3")) == "parameter 'runs_folder' must be text; got 3"
     said = refusal(injected("epoch = 3"))

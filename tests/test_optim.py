@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from bnnlib.errors import InvalidValue
+from bnnlib.layers import binary_layers
 from bnnlib.models import binarynet
-from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.optim import BinaryAdam, Bop, make_optimizer, parameter_groups
 
 LATENT = ["conv1.weight", "conv2.weight", "dense3.weight", "dense4.weight"]
 
@@ -146,3 +147,94 @@ def test_settings_without_a_step_are_refused_also_in_a_group(settings, message):
         BinaryAdam([nn.Parameter(torch.zeros(1))], **settings)
     with pytest.raises(InvalidValue, match=message):
         BinaryAdam([{"params": [nn.Parameter(torch.zeros(1))], **settings}])
+
+
+# ----------------------------------------------------------------------------------------- Bop
+
+
+def bop_by_numpy(w, gradients, gamma, threshold):
+    """Algorithm 1 of Helwegen et al. 2019, weight by weight."""
+    w, m = w.copy(), np.zeros_like(w)
+    for g, rate in zip(gradients, gamma, strict=True):
+        m = (1 - rate) * m + rate * g
+        for i in np.ndindex(w.shape):
+            if abs(m[i]) > threshold and np.sign(m[i]) == np.sign(w[i]):
+                w[i] = -w[i]
+    return w
+
+
+def test_flips_are_those_of_the_paper_and_other_parameters_move_as_in_adam(model):
+    rng, parameters = np.random.default_rng(1), dict(model.named_parameters())
+    adam_model = copy.deepcopy(model)
+    latent = {name: parameters[name].detach().numpy().copy() for name in LATENT}
+    optimizer = Bop(parameter_groups(model), lr=1e-2, gamma=0.1, threshold=0.02)
+    adam = BinaryAdam(parameter_groups(adam_model), lr=1e-2)
+    before = {name: np.where(w >= 0, 1.0, -1.0) for name, w in latent.items()}
+    for name in LATENT:  # the signs of the latent weights it was given
+        np.testing.assert_array_equal(parameters[name].detach(), before[name])
+    gradients = {name: [] for name in parameters}
+    for lr in (1e-2, 1e-2, 5e-3, 1e-3, 1e-3, 0.0):  # gamma falls in proportion
+        for one, other in ((model, optimizer), (adam_model, adam)):
+            for group in other.param_groups:
+                group["lr"] = lr
+            for name, p in one.named_parameters():
+                if one is model:
+                    gradients[name].append(rng.standard_normal(p.shape))
+                p.grad = torch.from_numpy(gradients[name][-1])
+            other.step()
+    gamma = [0.1, 0.1, 0.05, 0.01, 0.01, 0.0]
+    for name in LATENT:
+        found = parameters[name].detach().numpy()
+        np.testing.assert_array_equal(
+            found, bop_by_numpy(before[name], gradients[name], gamma, 0.02)
+        )
+        assert 0 < np.mean(found != before[name]) < 1
+    for name, p in adam_model.named_parameters():
+        if name not in LATENT:
+            assert torch.equal(p, parameters[name])
+
+
+def test_a_rate_of_zero_lets_nothing_flip_and_nothing_move(model):
+    optimizer = Bop(parameter_groups(model), lr=0.0, gamma=1.0, threshold=0.0)
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"gamma": 0.0}, "gamma must be above 0 and at most 1"),
+        ({"gamma": 1.5}, "gamma must be above 0 and at most 1"),
+        ({"gamma": nan}, "gamma must be above 0 and at most 1"),
+        ({"threshold": -1e-9}, "threshold 0 or more"),
+        ({"lr": -1.0}, "lr must be a number, 0 or more"),
+    ],
+)
+def test_what_bop_cannot_do_is_refused(settings, text, model):
+    with pytest.raises(InvalidValue, match=text):
+        Bop(parameter_groups(model), **settings)
+
+
+def test_bop_without_binary_weights_is_refused(model):
+    with pytest.raises(InvalidValue, match=r"give it parameter_groups\(model\)"):
+        Bop(model.parameters())
+
+
+def test_pytorchs_adam_with_the_rates_of_the_layers_is_ours_but_for_the_place_of_eps(model):
+    other, rng = copy.deepcopy(model), np.random.default_rng(2)
+    ours, theirs = make_optimizer("binary_adam", model, 1e-3), make_optimizer("Adam", other, 1e-3)
+    for _ in range(3):
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.grad = torch.from_numpy(rng.uniform(1, 2, p.shape))  # far above eps
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    clipped = [
+        p.clamp(-1, 1) if p in {m.weight for m in binary_layers(other)} else p
+        for p in other.parameters()
+    ]
+    for p, q in zip(model.parameters(), clipped, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)

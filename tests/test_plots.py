@@ -8,11 +8,11 @@ import torch
 from matplotlib.figure import Figure
 
 from bnnlib import plots
-from bnnlib.batches import scale_pixels
 from bnnlib.corruption import gaussian_inputs
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
+from bnnlib.history import History
 from bnnlib.quantizers import binary_sigmoid, binary_tanh
-from bnnlib.training import History
 
 HISTORY = History(
     [

@@ -9,15 +9,25 @@ from bnnlib import probes
 from bnnlib.batches import Batches
 from bnnlib.corruption import random_labels
 from bnnlib.errors import InvalidValue
-from bnnlib.layers import binarize_parameters_, seed_layers
+from bnnlib.history import History
+from bnnlib.layers import binary_layers, seed_layers
 from bnnlib.models import binarynet
-from bnnlib.training import Evaluation, EvaluationMode, History, TrainingState, evaluate
+from bnnlib.quantizers import sign
+from bnnlib.training import Evaluation, EvaluationMode, TrainingState, evaluate
 
 LAYERS = ("conv1", "conv2", "dense3", "dense4")
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def with_signs(model):
+    """The model, its latent weights replaced by their signs."""
+    for layer in binary_layers(model):
+        layer.weight.copy_(sign(layer.weight))
+    return model
 
 
 @pytest.fixture
@@ -61,7 +71,7 @@ def test_saturation_counts_both_ends_of_the_clip(model):
     model.conv1.weight[0], model.conv1.weight[1] = 1, -1
     model.conv1.weight[2] = 0.999
     assert probes.saturation(model) == {"conv1": 0.5, "conv2": 0, "dense3": 0, "dense4": 0}
-    assert set(probes.saturation(binarize_parameters_(model)).values()) == {1.0}
+    assert set(probes.saturation(with_signs(model)).values()) == {1.0}
 
 
 def test_the_twin_has_no_binary_weights(tiny):
@@ -123,7 +133,7 @@ def test_the_search_stays_in_the_box_and_reaches_its_corners():
 
 def test_the_search_is_decided_by_its_generator(model, noise):
     x = noise(200).images / 127.5 - 1
-    binarize_parameters_(model)
+    with_signs(model)
     first, again, *others = (ratio(model, x, 0.2, steps=3, seed=seed) for seed in (0, 0, 1, 2, 3))
     assert 0 < first < 1
     assert first == again
@@ -203,7 +213,7 @@ def test_parts_are_those_of_the_evaluation(recorded):
 
 
 def test_the_critical_ratio_repeats_and_leaves_the_model(recorded, model):
-    binarize_parameters_(model)
+    with_signs(model)
     recorder, results = recorded("critical")
     random = model.conv1.generator.get_state()
     assert recorder(results) == recorder(results)

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from bnnlib.quantizers import (
+    approx_sign,
+    approx_step,
     binarize,
     binarize_stochastic,
     binary_sigmoid,
     binary_tanh,
     hard_sigmoid,
+    scaled_sign,
     sign,
 )
 
@@ -48,10 +51,35 @@ def test_straight_through_slope_up_to_one_inclusive(quantizer, slope, dtype):
     assert gradient(quantizer, outside, dtype) == [0.0] * 6
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("quantizer", "height"), [(approx_sign, 1), (approx_step, 0.5)])
+def test_the_slope_of_two_parabolas_is_that_of_bi_real_net(quantizer, height, dtype):
+    values = [-2.0, -1.0, -0.75, -0.25, 0.0, 0.25, 0.75, 1.0, 2.0]
+    slopes = [2 + 2 * x if x < 0 else 2 - 2 * x for x in values]
+    expected = [height * s if abs(x) < 1 else 0 for x, s in zip(values, slopes, strict=True)]
+    assert gradient(quantizer, values, dtype, incoming=-3.0) == [-3 * s for s in expected]
+    upper_and_lower = quantizer(torch.tensor([0.0, -1e-30], dtype=dtype)).tolist()
+    assert upper_and_lower == [1, 1 - 2 * height]
+
+
 def test_gradient_of_weights_is_passed_on_without_a_mask(generator):
     values = [0.0, 0.5, -1.0, 1.0, 3.0, -3.0]
     for quantizer in (binarize, lambda w: binarize_stochastic(w, generator)):
         assert gradient(quantizer, values, incoming=4.0) == [4] * 6
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 2, 2)])
+def test_signs_are_scaled_by_the_mean_size_of_each_output_channel(shape, generator):
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    rows, count = weight.detach().flatten(1), weight[0].numel()
+    scale, signs = rows.abs().mean(1, keepdim=True), torch.where(rows >= 0, 1.0, -1.0)
+    scaled = scaled_sign(weight)
+    torch.testing.assert_close(scaled.detach(), (scale * signs).view(shape))
+    incoming = torch.randn(shape, generator=generator, dtype=torch.float64)
+    scaled.backward(incoming)
+    g = incoming.flatten(1)  # through the sign, where it is not clipped, and through the scale
+    expected = scale * g * (rows.abs() <= 1) + (g * signs).sum(1, keepdim=True) * signs / count
+    torch.testing.assert_close(weight.grad, expected.view(shape))
 
 
 def test_hard_sigmoid_is_a_clipped_line():

@@ -11,11 +11,12 @@ from torch import nn
 from bnnlib import training
 from bnnlib.batches import Batches
 from bnnlib.errors import DamagedFile, InvalidValue, NotFinite
+from bnnlib.history import History, describe_row
 from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet
 from bnnlib.optim import BinaryAdam, parameter_groups
-from bnnlib.training import EvaluationMode, History, Step, TrainingState, evaluate, fit, train_epoch
+from bnnlib.training import EvaluationMode, Step, TrainingState, evaluate, fit, train_epoch
 
 
 def seeded(seed=0):
@@ -166,6 +167,24 @@ def test_an_epoch_returns_the_mean_loss_and_the_share_of_mistakes_of_its_steps(s
     assert state.model.training
     assert loss == pytest.approx(state.losses.mean().item())
     assert error == state.wrong.sum().item() / 60
+
+
+def test_the_loss_is_any_function_of_scores_and_labels(start):
+    (state, batches), seen = start(), []
+    batches.batch_size = 60
+    plain = copy.deepcopy(state.model)
+    x, labels = next(batches.shuffled(seeded()))
+    expected = nn.functional.cross_entropy(plain(x), labels, label_smoothing=0.1)
+    expected.backward()
+
+    def smoothed(scores, labels):
+        seen.append((scores.shape, labels.shape))
+        return nn.functional.cross_entropy(scores, labels, label_smoothing=0.1)
+
+    history = fit(state, batches, rates=[1e-3], loss=smoothed, progress="none")
+    assert seen == [((60, 10), (60,))]
+    assert history["train_loss"] == [pytest.approx(expected.item(), rel=1e-6)]
+    torch.testing.assert_close(state.model.conv1.weight.grad, plain.conv1.weight.grad)
 
 
 def test_a_penalty_adds_its_value_to_the_loss_and_twice_the_parameter_to_the_gradient(start):
@@ -358,8 +377,8 @@ def test_unknown_style_of_progress_is_refused(fitted):
 
 def test_an_epoch_in_words_leaves_out_what_is_not_known():
     row = {"train_loss": 0.12345, "train_error": 0.25, "valid_error": nan, "test_error": 0.9}
-    assert training.describe_row(row) == "loss 0.123  train error 25.0 %  test error 90.0 %"
-    assert training.describe_row({"train_error": 0.25}) == "train error 25.0 %"
+    assert describe_row(row) == "loss 0.123  train error 25.0 %  test error 90.0 %"
+    assert describe_row({"train_error": 0.25}) == "train error 25.0 %"
 
 
 # ---------------------------------------------------------------------------------- history

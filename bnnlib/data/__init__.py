@@ -1,11 +1,19 @@
-"""Labelled images: the published sets, the drawn ones, and your own `.npz` files."""
+"""Labelled images: the published sets, the drawn ones, your own arrays, data sets and files.
 
-from bnnlib.data.drawn import DRAWN
-from bnnlib.data.images import DATASETS, SIZES, ImageSet, load, load_npz
-from bnnlib.data.npz import read_npz
-from bnnlib.data.published import SVHN_SUBSET, write_svhn_subset
+Names are loaded when they are first asked for: to look for a file needs no PyTorch.
+"""
 
-__all__ = [
-    "DATASETS", "DRAWN", "SIZES", "SVHN_SUBSET", "ImageSet", "load", "load_npz", "read_npz",
-    "write_svhn_subset",
-]  # fmt: skip
+from importlib import import_module
+
+_MODULES = {
+    **dict.fromkeys(("ImageSet", "load", "load_npz"), "images"),
+    "read_npz": "npz",
+    "write_svhn_subset": "published",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bnnlib.data' has no name {name!r}")
+    return getattr(import_module(f"bnnlib.data.{_MODULES[name]}"), name)

@@ -1,14 +1,31 @@
 """The arrays of a `.npz` file, validated before they are used; nothing is unpickled."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 
-from bnnlib.errors import DamagedFile, InvalidValue, nearest, shown
+from bnnlib.errors import DamagedFile, DataNotFound, InvalidValue, nearest, shown
 from bnnlib.files import check_is_file
+from bnnlib.names import SVHN_SUBSET
 
 MAX_CLASSES = 1000  # a network has an output for each, so one stray label must not make 10^9
 Arrays = dict[str, np.ndarray]
+
+
+def find_npz(path: str | Path, folder: Path) -> Path:
+    """The absolute path of a file that lies here or in `folder`, the one of the data sets.
+
+    Raises DataNotFound.
+    """
+    path = Path(path).expanduser()
+    path = (path if os.path.lexists(path) else folder / path).absolute()
+    if not os.path.lexists(path):
+        remedy = "a relative path is looked for here, then in the data folder (--data, BNNLIB_DATA)"
+        if path.name == SVHN_SUBSET:
+            remedy = "`python -m bnnlib svhn-subset` makes it (with --download from nothing)"
+        raise DataNotFound(f"no file {path}; {remedy}")
+    return path
 
 
 def read_npz(path: str | Path) -> Arrays:
@@ -29,7 +46,7 @@ def read_npz(path: str | Path) -> Arrays:
 
 
 def read_split(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images (N, 3, H, W) uint8, labels (N,) int64 and class names of one split of a file.
+    """Images (N, 3 or 1, H, W) uint8, labels (N,) int64 and class names of one split of a file.
 
     `images.load_npz` says which arrays the file holds. All splits are validated, so that all have
     the same classes: without `class_names` ten, or more where a label needs it.
@@ -75,7 +92,7 @@ def _splits(arrays: Arrays, classes: int) -> dict[str, tuple[np.ndarray, np.ndar
             raise InvalidValue("images and train_images are both split 'train'; keep one")
         _check_pair(arrays, name, partner, classes)
         splits[split] = np.ascontiguousarray(arrays[name]), arrays[partner].astype(np.int64)
-    if len(sizes := {images.shape[2:] for images, _ in splits.values()}) > 1:
+    if len(sizes := {images.shape[1:] for images, _ in splits.values()}) > 1:
         raise InvalidValue(f"the splits have images of different sizes: {sorted(sizes)}")
     if "heldout" in arrays and "train" in splits:
         if "test" in splits:
@@ -91,13 +108,19 @@ def _splits(arrays: Arrays, classes: int) -> dict[str, tuple[np.ndarray, np.ndar
 
 def _check_pair(arrays: Arrays, name: str, partner: str, classes: int) -> None:
     images, labels, shape = arrays[name], arrays[partner], arrays[name].shape
-    if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:] or images.dtype != np.uint8:
-        hint = f"; use {name}.transpose(0, 3, 1, 2)" if shape[3:] == (3,) else ""
-        kind = f"{images.dtype} {shape}{hint}"
-        raise InvalidValue(f"{name} must be uint8 of shape (N, 3, H, W), got {kind}")
+    if len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape[2:] or images.dtype != np.uint8:
+        kind = f"{images.dtype} {shape}{layout_hint(name, shape)}"
+        raise InvalidValue(f"{name} must be uint8 of shape (N, 3 or 1, H, W), got {kind}")
     if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
         kind = f"{labels.dtype} {labels.shape}"
         raise InvalidValue(f"{partner} must be {shape[0]} integers, one for each image, got {kind}")
     top, why = (classes - 1, " (class_names)") if classes else (MAX_CLASSES - 1, "")
     for row in np.flatnonzero((labels < 0) | (labels > top))[:1]:
         raise InvalidValue(f"{partner} must be in 0..{top}{why}, got {labels[row]} in row {row}")
+
+
+def layout_hint(name: str, shape: tuple[int, ...]) -> str:
+    """How to bring images in another common layout into ours; '' for a shape that is none."""
+    if shape[3:] in ((1,), (3,)):
+        return f"; use {name}.transpose(0, 3, 1, 2)"
+    return f"; use {name}[:, None]" if len(shape) == 3 else ""

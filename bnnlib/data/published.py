@@ -13,6 +13,7 @@ import numpy as np
 from bnnlib.data.npz import Arrays, read_npz
 from bnnlib.errors import CannotWrite, DamagedFile, DataNotFound, DownloadFailed, shown
 from bnnlib.files import as_folder, atomic_write, check_is_file, locked, make_folder
+from bnnlib.names import SVHN_SUBSET
 
 # CIFAR-10's files are pickles, and reading a pickle runs what it says. torchvision compares only
 # their MD5 sums, and two files of one MD5 sum can be made. These sums are of the same files.
@@ -26,7 +27,6 @@ CIFAR10_SHA256 = {
     "batches.meta": "f962466ef690d46b226450fb9aadc74ba4bc64a76aa526b5827fe4bc5c7125cb",
 }
 RETRIES = 3
-SVHN_SUBSET = "svhn_exact_subset.npz"
 SUBSET_SHA256 = {  # of type, shape and bytes of each array
     "train_images": "6043a7c514ec6cc65ac7a82575d98aee7839dc8c9959a9170335a84e03a71cb7",
     "train_labels": "23e7f8febcfb2fa5f4b594cd6d41b87a7191f4d90fa733eae622a0aec2bdfa46",

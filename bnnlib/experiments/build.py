@@ -1,22 +1,22 @@
 """From an experiment to its data and its model; every random act has a seed of its own."""
 
-import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import DRAWN, ImageSet, load
-from bnnlib.errors import InvalidValue, unknown_name
+from bnnlib.data import ImageSet, load
+from bnnlib.errors import InvalidValue, shown
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.kernels.precision import set_precision
 from bnnlib.layers import seed_layers
-from bnnlib.models import ARCHITECTURES, binarynet
-
-DEVICES = ("auto", "cpu", "cuda", "cuda:N")
+from bnnlib.models import USUAL_SETTINGS, Inputs, build_network, usual_inputs
+from bnnlib.names import DRAWN, check_device
 
 
 def derive_seed(seed: int, purpose: str) -> int:
@@ -30,10 +30,9 @@ def resolve_device(name: str = "auto") -> torch.device:
 
     Raises InvalidValue for another name and for a device that is not there.
     """
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(name, str) or not re.fullmatch("(cpu|cuda)(:[0-9]+)?", name):
-        raise unknown_name("device", name, DEVICES)
     try:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("PyTorch finds no CUDA here; use 'cpu'")
@@ -50,8 +49,7 @@ def prepare_data(
 ) -> dict[str, ImageSet]:
     """The splits of an experiment, corrupted as it says: "train" and, unless 0, the others.
 
-    Raises InvalidValue where the network does not take images of that size or so many classes,
-    and what `data.load` raises.
+    Raises what `data.load` raises.
     """
     e, sets = experiment, {}
     for split, n in (("train", e.n_train), ("valid", e.n_valid), ("test", e.n_test)):
@@ -59,9 +57,26 @@ def prepare_data(
             continue
         drawn = n if e.dataset in DRAWN else None  # a real set is read whole, then cut
         data = load(e.dataset, split, root, download, drawn, e.data_seed)
-        sets[split] = _corrupted(e, split, data.at_most(n))
-    _check_fits(e.network, sets["train"])
+        sets[split] = _corrupted(e, split, _alike(data.at_most(n), sets.get("train")))
     return sets
+
+
+def _alike(data: ImageSet, train: ImageSet | None) -> ImageSet:
+    """`data` with the classes of the training images; raises InvalidValue where it does not fit."""
+    inputs_of(data)  # refuses what is not square
+    if train is None:
+        return data
+    classes = train.class_names
+    for what, there, here in (
+        ("images", *(tuple(part.images.shape[1:]) for part in (train, data))),
+        ("classes", classes[: len(data.class_names)], data.class_names),
+    ):
+        if here != there:
+            raise InvalidValue(
+                f"the splits of {data.name} must have {what} alike: {shown(there)} in training, "
+                f"{shown(here)} in {data.split}"
+            )
+    return replace(data, class_names=classes)
 
 
 def _corrupted(e: Experiment, split: str, data: ImageSet) -> ImageSet:
@@ -81,37 +96,39 @@ def _corrupted(e: Experiment, split: str, data: ImageSet) -> ImageSet:
     return data
 
 
-def _check_fits(network: str, data: ImageSet) -> None:
-    takes, found = ARCHITECTURES[network], tuple(data.images.shape[2:])
-    size, classes = takes.image_size, len(data.class_names)
-    if found != (size, size):
-        raise InvalidValue(
-            f"network {network!r} takes images of {size} x {size} pixels, "
-            f"those of {data.name} are {found[0]} x {found[1]}"
-        )
-    if classes > takes.classes:
-        raise InvalidValue(
-            f"network {network!r} tells {takes.classes} classes apart, {data.name} has {classes}"
-        )
+def inputs_of(data: ImageSet) -> Inputs:
+    """What a network for this data takes. Raises InvalidValue where images are not square."""
+    channels, height, width = data.images.shape[1:]
+    if height != width:
+        raise InvalidValue(f"images must be square, those of {data.name} are {height} x {width}")
+    return Inputs(channels, height, len(data.class_names))
+
+
+def network_settings(e: Experiment) -> dict[str, Any]:
+    """What an experiment says about its network, beside the name."""
+    return {name: getattr(e, name) for name in USUAL_SETTINGS}
 
 
 def build_model(
-    experiment: Experiment, device: torch.device | str = "cpu", precision: str = "float32"
+    experiment: Experiment,
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    inputs: Inputs | None = None,
 ) -> nn.Module:
     """The experiment's network with its initial weights, which are the same on every device.
 
     `precision`: "half" lets its layers take their sums in half precision where that is exact.
+    `inputs`: what `inputs_of` says of the data; None: what the network has by itself.
+    PyTorch's own generator, from which layers of `torch.nn` draw, is seeded for it and then as it
+    was before.
     """
-    e = experiment
-    model = binarynet(
-        e.network,
-        generator=torch.Generator().manual_seed(derive_seed(e.seed, "initial weights")),
-        width=e.width,
-        binary=e.binary,
-        activation=e.activation,
-        weights=e.weights,
-        dropout=e.dropout,
-        dropout_position=e.dropout_position,
-    )
+    e, seed = experiment, derive_seed(experiment.seed, "initial weights")
+    inputs = inputs or usual_inputs(e.network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        model = build_network(e.network, inputs, generator, **network_settings(e))
+        if precision == "half":
+            set_precision(model, torch.randn(8, inputs.in_channels, *(inputs.image_size,) * 2))
     model = model.to(device, memory_format=torch.channels_last)
-    return seed_layers(set_precision(model, precision), derive_seed(e.seed, "random layers"))
+    return seed_layers(model, derive_seed(e.seed, "random layers"))

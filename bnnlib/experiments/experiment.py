@@ -11,15 +11,27 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from bnnlib.data import DATASETS, DRAWN, SIZES
 from bnnlib.errors import InvalidValue, check_name, shown
-from bnnlib.layers import MODES, STATISTICS
-from bnnlib.models import ACTIVATIONS, ARCHITECTURES, DROPOUT_POSITIONS, PENALTY_TARGETS
-from bnnlib.probes import PROBES
-from bnnlib.training import SCHEDULES
+from bnnlib.names import (
+    ACTIVATIONS,
+    DATASETS,
+    DRAWN,
+    DROPOUT_POSITIONS,
+    LOSSES,
+    NETWORKS,
+    OPTIMIZERS,
+    PENALTY_TARGETS,
+    PIXEL_ORDERS,
+    PROBES,
+    QUANTIZERS,
+    SCHEDULES,
+    SIZES,
+    SPLITS,
+    STATISTICS,
+    WEIGHT_MODES,
+    check_dataset,
+)
 
-EVERY_SPLIT = ("train", "valid", "test")
-PIXEL_ORDERS = ("kept", "shuffled", "random")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # folders are named by `name`
 LONGEST_TEXT = 1000  # characters
 
@@ -46,13 +58,11 @@ class Range:
 
 
 # The files of strangers are read into experiments too, so every number has an upper bound: what
-# lies above it could only exhaust memory, disk or patience.
-Mode = Annotated[str, MODES]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
-Splits = Annotated[tuple[str, ...], EVERY_SPLIT]
-Count = Annotated[int | None, Range(0, 10**8)]
-Some = Annotated[int | None, Range(1, 10**8)]
-Factor = Annotated[float, Range(0, 10**6)]
+# lies above it could only exhaust memory, disk or patience. The last text of a hint is the meaning.
+SEEDS = Range(0, 2**63 - 1)
+IMAGES = Range(0, 10**8)
+FACTORS = Range(0, 10**6)
+RATES = Range(0, 100)
 
 
 @dataclass(frozen=True)
@@ -64,50 +74,76 @@ class Experiment:
     fields that contradict each other.
     """
 
-    name: str
-    summary: str  # one sentence
-    dataset: str  # "svhn", "cifar10", "glyphs", "shapes" or the path of a .npz file
-    network: Annotated[str, ARCHITECTURES]
-    epochs: Annotated[int, Range(0, 10**5)]
-    lr_final: Annotated[float, Range(0, 100)]
-    script: str = ""  # the original's file
-    lr_start: Annotated[float, Range(0, 100, above=True)] = 1e-3
-    schedule: Annotated[str, SCHEDULES] = "exponential"
-    batch_size: Annotated[int, Range(1, 10**6)] = 50
+    name: Annotated[str, "the folder of its runs"]
+    summary: Annotated[str, "one sentence"]
+    dataset: Annotated[str, DATASETS, "a data set, or the path of a .npz file"]
+    network: Annotated[str, NETWORKS, "the network"]
+    epochs: Annotated[int, Range(0, 10**5), "passes over the training images"]
+    lr_final: Annotated[float, RATES, "learning rate towards which the schedule falls"]
+    script: Annotated[str, "the original's file"] = ""
+    lr_start: Annotated[float, Range(0, 100, above=True), "learning rate of the first epoch"] = 1e-3
+    schedule: Annotated[str, SCHEDULES, "how the rate falls, epoch by epoch"] = "exponential"
+    batch_size: Annotated[int, Range(1, 10**6), "images in a training step"] = 50
+    loss: Annotated[str, LOSSES, "what is minimized"] = "squared_hinge"
+    optimizer: Annotated[str, OPTIMIZERS, "how parameters move"] = "binary_adam"
 
-    width: Annotated[float, Range(0, 64, above=True)] = 1.0  # of channels and hidden units
-    binary: bool = True  # False: the full-precision twin
-    activation: Annotated[str, ACTIVATIONS] = "binary_tanh"  # +1/-1; "binary_sigmoid" is 1/0
-    weights: Mode = "deterministic"  # in training: sign(W), or "stochastic" samples
-    evaluation_weights: Mode = "deterministic"  # or "stochastic", or "real": W itself
-    evaluation_statistics: Annotated[str, STATISTICS] = "running"  # or those of the "batch"
-    evaluation_samples: Annotated[int, Range(1, 10**4)] = 1  # passes whose scores are averaged
-    dropout: Annotated[tuple[float, ...], Range(0, 1, below=True)] = ()  # after each dense layer
-    dropout_position: Annotated[str, DROPOUT_POSITIONS] = "before_norm"
-    l2: Factor = 0.0  # coefficient of the penalty on the dense layers
-    l2_target: Annotated[str, PENALTY_TARGETS] = "nothing"  # what it reaches: as in the original
+    width: Annotated[float, Range(0, 64, above=True), "factor on channels and hidden units"] = 1.0
+    binary: Annotated[bool, "false: the full-precision twin"] = True
+    activation: Annotated[str, ACTIVATIONS, "binary_tanh is +1/-1, binary_sigmoid 1/0"] = (
+        "binary_tanh"
+    )
+    weights: Annotated[str, QUANTIZERS, "what layers make of W in training; sign(W) at first"] = (
+        "deterministic"
+    )
+    evaluation_weights: Annotated[
+        str, WEIGHT_MODES, "in evaluation: their own or sign(W), samples, or W itself"
+    ] = "deterministic"
+    evaluation_statistics: Annotated[str, STATISTICS, "of batch normalization in evaluation"] = (
+        "running"
+    )
+    evaluation_samples: Annotated[int, Range(1, 10**4), "passes whose scores are averaged"] = 1
+    dropout: Annotated[
+        tuple[float, ...], Range(0, 1, below=True), "probabilities, after each dense layer"
+    ] = ()
+    dropout_position: Annotated[str, DROPOUT_POSITIONS, "where a dense layer is dropped out"] = (
+        "before_norm"
+    )
+    l2: Annotated[float, FACTORS, "coefficient of the penalty on the dense layers"] = 0.0
+    l2_target: Annotated[
+        str, PENALTY_TARGETS, "what the penalty reaches: nothing, as in the original"
+    ] = "nothing"
 
-    random_labels: Annotated[float, Range(0, 1)] = 0.0  # share of the labels drawn anew
-    random_label_splits: Splits = EVERY_SPLIT
-    gaussian_variance: Factor = 0.0  # of inputs that replace the images; 0 keeps the images
-    gaussian_splits: Splits = ("train",)
-    gaussian_matched: bool = False  # True: mean and variance are the images' own
-    pixels: Annotated[str, PIXEL_ORDERS] = "kept"  # "shuffled": alike, "random": each its own
+    random_labels: Annotated[float, Range(0, 1), "share of the labels drawn anew"] = 0.0
+    random_label_splits: Annotated[tuple[str, ...], SPLITS, "where labels are drawn anew"] = SPLITS
+    gaussian_variance: Annotated[
+        float, FACTORS, "of noise that replaces the images; 0 keeps them"
+    ] = 0.0
+    gaussian_splits: Annotated[tuple[str, ...], SPLITS, "where noise replaces them"] = ("train",)
+    gaussian_matched: Annotated[bool, "true: the noise has the images' own mean and variance"] = (
+        False
+    )
+    pixels: Annotated[str, PIXEL_ORDERS, "shuffled: all images alike, random: each its own way"] = (
+        "kept"
+    )
 
-    n_train: Some = None  # images at most, the first ones; None: the whole split
-    n_valid: Count = None  # 0: no validation
-    n_test: Count = None  # 0: no test
-    evaluate_every: Annotated[int, Range(1, 10**6)] = 1  # epochs
-    probes: Annotated[tuple[str, ...], PROBES] = ()  # more columns for the history
+    n_train: Annotated[
+        int | None, Range(1, 10**8), "training images, the first ones; none: all"
+    ] = None
+    n_valid: Annotated[int | None, IMAGES, "validation images; 0: no validation"] = None
+    n_test: Annotated[int | None, IMAGES, "test images; 0: no test"] = None
+    evaluate_every: Annotated[int, Range(1, 10**6), "epochs between two evaluations"] = 1
+    probes: Annotated[tuple[str, ...], PROBES, "more columns for the history"] = ()
 
-    seed: Seed = 0  # initial weights, order of batches, dropout, stochastic weights
-    corruption_seed: Seed = 0  # random labels, Gaussian inputs
-    data_seed: Seed = 0  # which drawing of "glyphs" or "shapes"
-    original_seed: Annotated[int | None, Range(0, 2**63 - 1)] = None  # NumPy's, in the script
+    seed: Annotated[int, SEEDS, "of initial weights, batches, dropout, sampled weights"] = 0
+    corruption_seed: Annotated[int, SEEDS, "of random labels and Gaussian inputs"] = 0
+    data_seed: Annotated[int, SEEDS, "which drawing of a drawn data set"] = 0
+    original_seed: Annotated[int | None, SEEDS, "NumPy's, in the original's script"] = None
 
-    evaluates: str = ""  # the experiment whose run is evaluated; "": this one trains
-    evaluation_rows: Some = None  # first training rows that are evaluated
-    run_folder: str = ""  # the run to evaluate
+    evaluates: Annotated[str, "the experiment whose run is scored; nothing: this one trains"] = ""
+    evaluation_rows: Annotated[
+        int | None, Range(1, 10**8), "first training images that are scored; none: all"
+    ] = None
+    run_folder: Annotated[str, "the run that is scored"] = ""
 
     def __new__(cls, *values, **named):
         for name in named:
@@ -157,11 +193,12 @@ class Experiment:
 
 
 FIELDS: dict[str, Any] = get_type_hints(Experiment)  # their types
-ALLOWED: dict[str, Any] = {  # a `Range` of numbers, or names
-    name: get_args(hint)[1]
+_NOTES = {
+    name: get_args(hint)[1:]
     for name, hint in get_type_hints(Experiment, include_extras=True).items()
-    if get_origin(hint) is Annotated
 }
+ALLOWED: dict[str, Any] = {name: n[0] for name, n in _NOTES.items() if n[1:]}  # a `Range`, or names
+MEANINGS: dict[str, str] = {name: notes[-1] for name, notes in _NOTES.items()}
 DEFAULTS = {f.name: f.default for f in fields(Experiment)}
 
 
@@ -212,6 +249,9 @@ def _check_allowed(name: str, value: Any, allowed: Any) -> None:
             each = "numbers, each " * (parts is value)
             raise InvalidValue(f"{name} must be {none}{each}{allowed}, got {shown(value)}")
         return
+    if name == "dataset":
+        check_dataset(name, value)
+        return
     for part in parts:
         check_name(f"entry of {name}" if parts is value else name, part, allowed)
     if len(set(parts)) < len(parts):
@@ -229,8 +269,6 @@ def _check_texts(e: Experiment) -> None:
             "name must be at most 100 letters, digits, '.', '_' and '-', and begin with neither "
             f"'.' nor '-', got {shown(e.name)}"
         )
-    if not e.dataset.endswith(".npz"):
-        check_name("dataset", e.dataset, DATASETS)
 
 
 # ------------------------------------------------------------------- what no field is to blame for
@@ -272,5 +310,5 @@ def _contradictions(e: Experiment) -> Iterator[str]:
             "choose a number above 0, or schedule='linear'"
         )
     places = 3 if e.dropout_position == "before_norm" else 2
-    if len(e.dropout) > places:
+    if e.network in NETWORKS.shipped and len(e.dropout) > places:
         yield f"dropout has {places} places {e.dropout_position}, got dropout={e.dropout}"

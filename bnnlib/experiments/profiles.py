@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bnnlib.data import DRAWN, SVHN_SUBSET
 from bnnlib.errors import check_name
 from bnnlib.experiments.experiment import Experiment
+from bnnlib.names import DRAWN, SVHN_SUBSET
 
 LOOK_ALIKE = {"svhn": "glyphs", "cifar10": "shapes"}
 

@@ -7,12 +7,14 @@ float32. Kernels that do not add products of the operands themselves, such as Wi
 covered; `tests/kernels/test_precision.py` looks at those of a GPU where there is one.
 """
 
+import copy
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnnlib.errors import check_name
+from bnnlib.names import PRECISIONS
 
-PRECISIONS = ("auto", "float32", "half")
 EVERY_INTEGER = 2048  # up to here, in fp16
 
 
@@ -26,31 +28,39 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return {"auto": "half" if device.type == "cuda" else "float32"}.get(name, name)
 
 
-def set_precision(model: nn.Sequential, precision: str) -> nn.Sequential:
-    """Let layers that are fed with signs compute in half precision, if it is "half".
+def set_precision(model: nn.Module, x: Tensor) -> nn.Module:
+    """Let layers that are fed with signs compute in half precision.
 
     Those whose sums fp16 holds exactly take them there; the others take sums in float32, or TF32,
     which is exact too ("mixed"). All of them take their gradients in bf16, whose range is that of
     float32. Weights, moments, normalization and loss stay in float32, and so does a layer that is
-    fed with pixels.
+    fed with pixels. `x`: noise in the shape of a few images, to see which layer is fed with what.
     """
-    if precision == "half":
-        for layer, values in fed_with_signs(model).items():
-            layer.precision = "half" if is_exact(layer, values) else "mixed"
+    for name, values in fed_with_signs(model, x).items():
+        layer = model.get_submodule(name)
+        layer.precision = "half" if is_exact(layer, values) else "mixed"
     return model
 
 
-def fed_with_signs(model: nn.Sequential) -> dict[nn.Module, tuple[int, int]]:
-    """The binary layers whose inputs come from an activation of two values, with those, in order.
+def fed_with_signs(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
+    """The binary layers whose inputs have two values only, by name, with those, in order.
 
-    An activation says which in its attribute `values`; what has a `precision` is a binary layer.
+    Two values are taken for signs where an activation of the model has them as its `values`. What
+    has a `precision` is a binary layer. A copy of the model is trained on `x` to see its inputs.
     """
-    found, values = {}, None
-    for module in model:
-        if hasattr(module, "precision") and values is not None:
-            found[module] = values
-        if not isinstance(module, nn.Flatten):
-            values = getattr(module, "values", None)  # dropout, say, makes other numbers of them
+    model, found = copy.deepcopy(model).train(), {}
+    known = {module.values for module in model.modules() if hasattr(module, "values")}
+
+    def look(name: str, x: Tensor) -> None:
+        for low, high in known:
+            if ((x == low) | (x == high)).all():
+                found[name] = low, high
+
+    for name, module in model.named_modules():
+        if hasattr(module, "precision"):
+            module.register_forward_pre_hook(lambda _, inputs, n=name: look(n, inputs[0]))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(x)
     return found
 
 

@@ -7,95 +7,132 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bnnlib.errors import InvalidValue
-from bnnlib.quantizers import binarize, sign
+from bnnlib.quantizers import binarize
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, signs: bool, precision: str) -> Tensor:
+class Geometry(NamedTuple):
+    """How a kernel moves over an image, height first."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precision: str) -> Tensor:
     """x W^T + b: (..., in) -> (..., out). `signs`: with the signs of the weight.
 
     The gradient of the signs goes straight to the weight, as in `quantizers.binarize`; the signs
     are not kept in between. `torch.autocast` is followed as `F.linear` follows it.
     """
     flat = x.reshape(-1, x.shape[-1])  # the gradients are products of matrices
-    product = _Linear.apply(*_as_autocast(flat, weight, bias, signs, precision))
+    product, _ = _Linear.apply(*_as_autocast(flat, weight, bias, signs, precision))
     return product.reshape(*x.shape[:-1], len(weight))
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, signs: bool, precision: str, padding: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    signs: bool,
+    precision: str,
+    geometry: Geometry,
 ) -> Tensor:
-    """`F.conv2d` with stride 1, ([B,] in, H, W) -> ([B,] out, H, W); the rest as in `linear`."""
+    """`F.conv2d`, ([B,] in, H, W) -> ([B,] out, H', W'); the rest as in `linear`."""
     if x.dim() == 3:
-        return conv2d(x.unsqueeze(0), weight, bias, signs, precision, padding).squeeze(0)
-    return _Convolution.apply(*_as_autocast(x, weight, bias, signs, precision), padding)
+        return conv2d(x.unsqueeze(0), weight, bias, signs, precision, geometry).squeeze(0)
+    return _Convolution.apply(*_as_autocast(x, weight, bias, signs, precision), geometry)[0]
 
 
-def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor, signs: bool, precision: str) -> tuple:
+def _as_autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precision: str
+) -> tuple:
     """The operands in the type that `torch.autocast` asks for, where it is on."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, weight, bias, signs, precision
     # The sign comes first: a small negative number becomes -0.0 in half precision.
     weight = binarize(weight) if signs else weight
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), bias.to(dtype), False, "float32"
+    bias = None if bias is None else bias.to(dtype)
+    return x.to(dtype), weight.to(dtype), bias, False, "float32"
 
 
-class _Convolution(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """A product of inputs and weights: its value, and the inputs where they had to be rounded."""
+
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx, x, weight, bias, signs: bool, precision: str, padding: int) -> Tensor:
-        ctx.padding, ctx.signs, ctx.precision = padding, signs, precision
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        x, weight, bias, ctx.signs, ctx.precision, *geometry = inputs
+        rounded, ctx.geometry, ctx.has_bias = output[1], geometry, bias is not None
+        if rounded is not None:
+            ctx.mark_non_differentiable(rounded)
+        ctx.save_for_backward(x if rounded is None else rounded, weight)
+
+
+class _Convolution(_Product):
+    @staticmethod
+    def forward(x, weight, bias, signs: bool, precision: str, geometry: Geometry):
+        weight, form = binarize(weight) if signs else weight, geometry._asdict()
         if precision == "half":
             x = x.half()
-        ctx.save_for_backward(x, weight)
-        if signs:
-            weight = sign(weight)
-        if precision == "half":
-            return F.conv2d(x, weight.half(), padding=padding) + bias.view(-1, 1, 1)
+            y = F.conv2d(x, weight.half(), **form)
+            return (y.float() if bias is None else y + bias.view(-1, 1, 1)), x
         with _without_tf32(x.is_cuda and precision == "float32"):
-            return F.conv2d(x, weight, bias, padding=padding)
+            return F.conv2d(x, weight, bias, **form), None
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _):
+        kind = grad.dtype
         # A sum of its own takes much less time than oneDNN's convolution takes for it.
-        grad_bias, kind = grad.sum((0, 2, 3)), grad.dtype
+        grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
         grad, x, weight = _factors(ctx, grad)
-        one, border = [1, 1], [ctx.padding, ctx.padding]
+        (geometry,) = ctx.geometry
         needed = [*ctx.needs_input_grad[:2], False]
         with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, one, border, one, False, [0, 0], 1, needed
+                grad,
+                x,
+                weight,
+                None,
+                geometry.stride,
+                geometry.padding,
+                [1, 1],
+                False,
+                [0, 0],
+                geometry.groups,
+                needed,
             )
         grad_x, grad_weight = (g if g is None else g.to(kind) for g in (grad_x, grad_weight))
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(_Product):
     @staticmethod
-    def forward(ctx, x, weight, bias, signs: bool, precision: str) -> Tensor:
-        ctx.signs, ctx.precision = signs, precision
+    def forward(x, weight, bias, signs: bool, precision: str):
+        weight = binarize(weight) if signs else weight
         if precision == "half":
             x = x.half()
-        ctx.save_for_backward(x, weight)
-        if signs:
-            weight = sign(weight)
-        if precision == "half":
-            return F.linear(x, weight.half()) + bias
-        return F.linear(x, weight, bias)
+            y = F.linear(x, weight.half())
+            return (y.float() if bias is None else y + bias), x
+        return F.linear(x, weight, bias), None
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_bias, grad_x = grad.sum(0), None
+    def backward(ctx, grad: Tensor, _):
+        kind, grad_x = grad.dtype, None
+        grad_bias = grad.sum(0) if ctx.has_bias else None
         grad, x, weight = _factors(ctx, grad)
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).to(grad_bias.dtype)
+            grad_x = (grad @ weight).to(kind)
         del weight  # as large as the gradient that is next
-        return grad_x, (grad.T @ x).to(grad_bias.dtype), grad_bias, None, None
+        return grad_x, (grad.T @ x).to(kind), grad_bias, None, None
 
 
 def _factors(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,143 +19,28 @@ from torch import nn
 
 from bnnlib.data.npz import read_npz
 from bnnlib.errors import BnnlibWarning, DamagedFile, DataNotFound, FolderInUse, InvalidValue, shown
-from bnnlib.experiments.build import build_model
+from bnnlib.experiments.build import build_model, network_settings
 from bnnlib.experiments.experiment import Experiment
-from bnnlib.files import (
-    LOCK,
-    TEMPORARY,
-    atomic_write,
-    differing,
-    read_json,
-    read_tensors,
-    read_text,
-    tensor_bytes,
-    write_json,
+from bnnlib.files import LOCK, atomic_write, write_json
+from bnnlib.models import Inputs, build_network
+from bnnlib.names import NETWORKS
+from bnnlib.runs.record import (
+    FORMAT,
+    HISTORY,
+    LABELS,
+    PARAMETERS,
+    RECORD,
+    RESULTS,
+    SURROUNDINGS,
+    check_hash,
+    check_holds,
+    check_same,
+    read_record,
+    read_run,
+    table_hash,
 )
-from bnnlib.models import binarynet
-from bnnlib.runs.checkpoint import check_format
-from bnnlib.runs.result import Run, parameter_hash
-from bnnlib.training import History
-
-# Histories of long runs: in an installed bnnlib within the package, in the repository beside it.
-_WITHIN = Path(__file__).parents[1] / "results"
-RESULTS = _WITHIN if _WITHIN.is_dir() else Path(__file__).parents[2] / "results"
-FORMAT = 1  # of a folder; raised when an older bnnlib could misread a newer one
-RECORD, HISTORY, LABELS = "experiment.json", "history.csv", "labels.npz"
-PARAMETERS = "parameters.safetensors"
-_LEFT_BY_A_FALSE_START = {LOCK, RECORD + TEMPORARY}
-
-# -------------------------------------------------------------------------------- the record
-
-# What a record holds: `str` as a key stands for any name, a list for any number of one kind.
-_SURROUNDINGS = {"versions": {str: str}, "device": str, "threads": int, "started": str}
-_BEGUN = {
-    "experiment": dict,
-    "experiment_sha256": str,
-    **_SURROUNDINGS,
-    "images": {str: int},
-    "corruptions": {str: [str]},
-    "image_sha256": {str: str},
-    "label_sha256": {str: str},
-}
-_OF_SPLITS = ("images", "corruptions", "image_sha256", "label_sha256")
-_LATER = {  # what comes after the beginning, or came with a later bnnlib
-    "trained_on": str,
-    "continued": [_SURROUNDINGS],
-    "parameter_sha256": str,
-    "history_sha256": str,
-    "seconds": float,
-}
-
-
-def _matches(value: object, kind: Any) -> bool:
-    """Whether a value from JSON is of a kind as `_BEGUN` writes them, and of ordinary size."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_matches(part, kind[0]) for part in value)
-    if isinstance(kind, dict):
-        if not isinstance(value, dict) or not (str in kind or set(value) == set(kind)):
-            return False
-        return all(_matches(part, kind.get(name, kind.get(str))) for name, part in value.items())
-    if kind is str:
-        return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
-    if kind is dict:
-        return isinstance(value, dict)
-    return type(value) in (int, kind) and 0 <= value < 2**63
-
-
-def _read_record(folder: Path) -> tuple[Experiment, dict[str, Any]]:
-    """What `experiment.json` says, validated, without what this version does not know."""
-    path = folder / RECORD
-    record = read_json(path)
-    check_format(path, record.get("format", 1), FORMAT)  # an old one has none
-    for name, kind in (_BEGUN | _LATER).items():
-        if not _matches(record.get(name), kind) and (name in _BEGUN or name in record):
-            raise DamagedFile(f"{path} describes no run: its {name!r} is {shown(record.get(name))}")
-    splits = set(record["images"])
-    if "train" not in splits or any(set(record[name]) != splits for name in _OF_SPLITS):
-        raise DamagedFile(
-            f"{path} describes no run: {', '.join(_OF_SPLITS)} differ in their splits"
-        )
-    try:
-        experiment = Experiment(**record["experiment"])
-    except (InvalidValue, TypeError) as error:  # the second: a field is missing
-        raise DamagedFile(f"{path} describes no experiment: {error}") from error
-    _check_hash(path, experiment.digest(), record["experiment_sha256"])
-    known = (_BEGUN | _LATER).keys() - {"experiment"}
-    return experiment, {name: value for name, value in record.items() if name in known}
-
-
-def _check_hash(path: Path, found: str, recorded: str | None) -> None:
-    if recorded not in (None, found):
-        raise DamagedFile(
-            f"{path} is not as the run left it: its SHA-256 is {found[:12]}..., "
-            f"recorded was {recorded[:12]}..."
-        )
-
-
-def is_finished(folder: str | Path) -> bool:
-    """Whether the folder holds a run that went to its end."""
-    return os.path.isfile(Path(folder) / RECORD) and "seconds" in _read_record(Path(folder))[1]
-
-
-# ------------------------------------------------------------------------ whose folder it is
-
-
-def holds_finished(folder: Path, experiment: Experiment) -> bool:
-    """Whether the folder holds `experiment`, finished; if it does not, it can.
-
-    Raises FolderInUse for a folder of something else, InvalidValue with the differing fields
-    for one of another experiment, DamagedFile for one that was altered.
-    """
-    if not os.path.lexists(folder):
-        return False
-    if not os.path.isdir(folder):
-        raise FolderInUse(f"{folder} is not a folder; choose another")
-    if os.path.isfile(folder / RECORD):
-        if links := [path.name for path in folder.iterdir() if path.is_symlink()]:
-            raise DamagedFile(f"{folder} holds links, which bnnlib never makes; remove {links}")
-        there, record = _read_record(folder)
-        _check_same(folder, there, experiment)
-        return "seconds" in record
-    if {path.name for path in folder.iterdir()} - _LEFT_BY_A_FALSE_START:
-        raise FolderInUse(f"{folder} holds something that is no run; choose another folder")
-    return False
-
-
-def _check_same(folder: Path, there: Experiment, asked: Experiment) -> None:
-    """Raise InvalidValue with the differing fields where the two decide another run."""
-    found, wanted = there.spec(), asked.spec()
-    differing = [
-        f"{field} ({shown(found[field])} there, {shown(wanted[field])} asked for)"
-        for field in found
-        if found[field] != wanted[field]
-    ]
-    if differing:
-        raise InvalidValue(
-            f"{folder} holds another experiment: {', '.join(differing)}; choose another folder "
-            "(--out FOLDER, or out=)"
-        )
-
+from bnnlib.runs.result import Run, inputs_of_run, parameter_hash
+from bnnlib.tensors import differing, read_tensors, tensor_bytes
 
 # ------------------------------------------------------------------------ begin, and finish
 
@@ -183,8 +68,8 @@ def _write_record(folder: Path, e: Experiment, record: dict[str, Any]) -> None:
 
 def _gone_on(folder: Path, e: Experiment, record: dict[str, Any]) -> dict[str, Any]:
     """What the record of the folder says beside, or instead of, this one."""
-    there, begun = _read_record(folder)
-    _check_same(folder, there, e)
+    there, begun = read_record(folder)
+    check_same(folder, there, e)
     if "seconds" in begun:
         raise FolderInUse(f"another process has just finished the run in {folder}; call again")
     for name in ("images", "image_sha256", "label_sha256"):
@@ -193,12 +78,13 @@ def _gone_on(folder: Path, e: Experiment, record: dict[str, Any]) -> dict[str, A
                 f"{folder} was begun with other data: its {name} is {shown(begun[name])}, "
                 f"that of the data here {shown(record[name])}"
             )
-    here = {name: record[name] for name in _SURROUNDINGS}
+    here = {name: record[name] for name in SURROUNDINGS}
+    uses = _uses(begun.get("uses", {}), record.get("uses", {}))
     changes = [
         f"{name} {shown(begun[name])} then, {shown(here[name])} now"
-        for name in _SURROUNDINGS
+        for name in SURROUNDINGS
         if name != "started" and begun[name] != here[name]
-    ]
+    ] + [f"{file} has changed" for file in uses if uses[file] != begun.get("uses", {}).get(file)]
     if changes:
         warnings.warn(
             f"{folder} goes on in other surroundings, so it may differ from an uninterrupted run, "
@@ -207,7 +93,17 @@ def _gone_on(folder: Path, e: Experiment, record: dict[str, Any]) -> dict[str, A
             stacklevel=2,
         )
     continued = [*begun.get("continued", []), here]
-    return {name: begun[name] for name in _SURROUNDINGS} | {"continued": continued}
+    again = {name: begun[name] for name in SURROUNDINGS} | {"continued": continued}
+    return again | ({"uses": uses} if uses else {})
+
+
+def _uses(begun: dict[str, list[str]], here: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The files of the user's then and now; of one that has changed, both hashes."""
+    both = dict(begun)
+    for file, hashes in here.items():
+        known = both.get(file, [])
+        both[file] = known if known[-1:] == hashes else known + hashes
+    return both
 
 
 def finish(folder: Path, result: Run) -> Run:
@@ -215,17 +111,12 @@ def finish(folder: Path, result: Run) -> Run:
     if result.model is not None:
         atomic_write(folder / PARAMETERS, tensor_bytes(result.model.state_dict()))
     result.history.save(folder / HISTORY)
-    record = result.record | {"history_sha256": _table_hash(folder / HISTORY)}
+    record = result.record | {"history_sha256": table_hash(folder / HISTORY)}
     record["seconds"] = round(sum(result.history["seconds"]), 3)
     _write_record(folder, result.experiment, record)
     with suppress(OSError):  # nobody writes here again; Windows keeps a file that is open
         (folder / LOCK).unlink()
     return replace(result, record=record)
-
-
-def _table_hash(path: Path) -> str:
-    """SHA-256 of a CSV file, whatever ends its lines."""
-    return hashlib.sha256("\n".join(read_text(path).splitlines()).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------ reading it
@@ -240,26 +131,26 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     for name in (RECORD, HISTORY):
-        if not os.path.isfile(folder / name):
-            raise DataNotFound(f"{folder} holds no run that can be read: there is no {name} in it")
-    experiment, record = _read_record(folder)
-    _check_hash(folder / HISTORY, _table_hash(folder / HISTORY), record.get("history_sha256"))
-    history, model, labels = History.load(folder / HISTORY), None, None
+        check_holds(folder, name)
+    (experiment, record, history), model, labels = read_run(folder), None, None
     if "parameter_sha256" in record and os.path.isfile(folder / PARAMETERS):
-        model = _load_model(folder / PARAMETERS, experiment)
-        _check_hash(folder / PARAMETERS, parameter_hash(model), record["parameter_sha256"])
+        model = _load_model(folder / PARAMETERS, experiment, inputs_of_run(experiment, record))
+        check_hash(folder / PARAMETERS, parameter_hash(model), record["parameter_sha256"])
     if os.path.isfile(folder / LABELS):
         labels = _load_labels(folder / LABELS, record)
     return Run(experiment, history, record, model, labels, folder)
 
 
-def _load_model(path: Path, e: Experiment) -> nn.Module:
+def _load_model(path: Path, e: Experiment, inputs: Inputs) -> nn.Module:
     state, _ = read_tensors(path)
-    with torch.device("meta"):  # shapes alone, before memory is taken for a network of any size
-        outline = binarynet(e.network, generator=torch.Generator(), width=e.width, binary=e.binary)
-    if wrong := differing(state, outline.state_dict()):
+    if e.network in NETWORKS.shipped:
+        with torch.device("meta"):  # shapes alone, before memory is taken for one of any size
+            outline = build_network(e.network, inputs, torch.Generator(), **network_settings(e))
+        if wrong := differing(state, outline.state_dict()):
+            raise DamagedFile(f"{path} does not fit the network: it differs in {shown(wrong)}")
+    model = build_model(e, inputs=inputs)
+    if wrong := differing(state, model.state_dict()):
         raise DamagedFile(f"{path} does not fit the network: it differs in {shown(wrong)}")
-    model = build_model(e)
     model.load_state_dict(state)
     return model
 
@@ -275,7 +166,7 @@ def _load_labels(path: Path, record: dict[str, Any]) -> dict[str, torch.Tensor]:
                 f"{path}: {split} must be int64 {spec}, is {array.dtype} {array.shape}"
             )
         found = hashlib.sha256(array.astype("<i8").tobytes()).hexdigest()
-        _check_hash(path, found, record["label_sha256"][split])
+        check_hash(path, found, record["label_sha256"][split])
     return {split: torch.from_numpy(array) for split, array in labels.items()}
 
 
@@ -287,6 +178,6 @@ def stored_runs(name: str | None = None, root: str | Path = RESULTS) -> list[Run
     if not os.path.isdir(root):
         raise DataNotFound(f"no folder {Path(root).absolute()} to look for stored runs in")
     folders = sorted(path.parent for path in Path(root).rglob(RECORD))
-    records = [(folder, *_read_record(folder)) for folder in folders]
+    records = [(folder, *read_record(folder)) for folder in folders]
     finished = [(folder, e) for folder, e, record in records if "seconds" in record]
     return [load_run(folder) for folder, e in finished if name in (None, e.name)]

@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 import bnnlib
-from bnnlib.data import DRAWN, ImageSet
+from bnnlib.data import ImageSet
+from bnnlib.experiments.build import inputs_of
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import EXPERIMENTS
-from bnnlib.training import History
+from bnnlib.history import History, differing_columns
+from bnnlib.models import Inputs, usual_inputs
+from bnnlib.names import USED
+from bnnlib.runs.record import trained_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,29 +55,14 @@ def make_record(
         "corruptions": {split: list(data.provenance) for split, data in sets.items()},
         "image_sha256": {split: data.image_hash() for split, data in sets.items()},
         "label_sha256": {split: data.label_hash() for split, data in sets.items()},
+        "inputs": inputs_of(sets["train"])._asdict(),
+        **({"uses": {file: [sha256] for file, sha256 in USED.items()}} if USED else {}),
     }
 
 
-def trained_on(e: Experiment, images: int) -> str:
-    """Data and network in one line, for a reader who would believe the experiment's name."""
-    meant = EXPERIMENTS[e.name].dataset if e.name in EXPERIMENTS else e.dataset
-    notes = ["drawn"] * (e.dataset in DRAWN) + [f"in place of {meant}"] * (meant != e.dataset)
-    note = f" ({', '.join(notes)})" if notes else ""
-    said = [f"{counted(images, 'image')} of {Path(e.dataset).name}{note}"]
-    if e.gaussian_variance and "train" in e.gaussian_splits:
-        said.append("replaced by Gaussian noise")
-    if e.pixels != "kept":
-        said.append(f"pixels {e.pixels}")
-    share = e.random_labels if "train" in e.random_label_splits else 0
-    some = f"{100 * share:g} % of the labels random"
-    said.append({0: "their own labels", 1: "random labels"}.get(share, some))
-    twin = "" if e.binary else ", full precision"
-    return f"{', '.join(said)}; network {e.network}, width {e.width:g}{twin}"
-
-
-def counted(n: int, thing: str) -> str:
-    """`counted(1, "image")` is '1 image', `counted(2000, "image")` is '2,000 images'."""
-    return f"{n:,} {thing}{'s' * (n != 1)}"
+def inputs_of_run(e: Experiment, record: dict[str, Any]) -> Inputs:
+    """What the network of a run takes; older records do not say, their networks are the usual."""
+    return Inputs(**record["inputs"]) if "inputs" in record else usual_inputs(e.network)
 
 
 def environment(device: torch.device, precision: str = "float32") -> dict[str, Any]:
@@ -160,17 +149,13 @@ def differences(one: Run, other: Run) -> list[str]:
     Compares the columns of the histories, times aside, labels and parameters, where both
     runs have them.
     """
-    pairs = [(_columns(one), _columns(other))]
+    pairs = []
     if one.labels and other.labels:
         pairs.append((one.labels, other.labels))
     if one.model and other.model:
         pairs.append((one.model.state_dict(), other.model.state_dict()))
-    return [n for a, b in pairs for n in a | b if not _same(a.get(n), b.get(n))]
-
-
-def _columns(run: Run) -> dict[str, torch.Tensor]:
-    names = [name for name in run.history.columns if name != "seconds"]
-    return {name: torch.tensor(run.history[name], dtype=torch.float64) for name in names}
+    tensors = [n for a, b in pairs for n in a | b if not _same(a.get(n), b.get(n))]
+    return differing_columns(one.history, other.history) + tensors
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

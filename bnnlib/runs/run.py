@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -10,26 +11,35 @@ from typing import Any
 
 import torch
 
-from bnnlib.batches import Batches, check_fills_batch
+from bnnlib.batches import Batches
 from bnnlib.data import ImageSet
-from bnnlib.errors import Interrupted, InvalidValue, shown
-from bnnlib.experiments.build import build_model, derive_seed, prepare_data, resolve_device
+from bnnlib.errors import Interrupted, InvalidValue, check_fills_batch, shown
+from bnnlib.experiments.build import (
+    build_model,
+    derive_seed,
+    inputs_of,
+    prepare_data,
+    resolve_device,
+)
 from bnnlib.experiments.experiment import Experiment
+from bnnlib.experiments.scored import as_scored
 from bnnlib.files import as_folder, locked
+from bnnlib.history import History
 from bnnlib.kernels.precision import resolve_precision
 from bnnlib.losses import l2_penalty
 from bnnlib.models import penalized_parameters
-from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.names import LOSSES
+from bnnlib.optim import make_optimizer
 from bnnlib.probes import Recorder, mode_errors
 from bnnlib.process import keep_freed_memory
 from bnnlib.runs.checkpoint import Checkpoints
-from bnnlib.runs.evaluation import as_scored, evaluate_run, run_to_score
-from bnnlib.runs.folder import HISTORY, begin, finish, holds_finished, load_run
+from bnnlib.runs.evaluation import evaluate_run
+from bnnlib.runs.folder import begin, finish, load_run
 from bnnlib.runs.interrupts import deferred_interrupts
-from bnnlib.runs.result import Run, counted, environment, make_record, parameter_hash, trained_on
+from bnnlib.runs.record import HISTORY, counted, folder_to_score, holds_finished, trained_on
+from bnnlib.runs.result import Run, environment, make_record, parameter_hash
 from bnnlib.training import (
     EvaluationMode,
-    History,
     TrainingState,
     fit,
     learning_rates,
@@ -75,7 +85,7 @@ def run(
     how = {"device": where, "precision": resolve_precision(precision, where)}
     source = None
     if experiment.evaluates:
-        source = run_to_score(experiment, folder)
+        source = load_run(folder_to_score(experiment, folder))
         experiment = as_scored(experiment, source.experiment)
     if folder and holds_finished(folder, experiment):
         if style != "none":
@@ -84,10 +94,11 @@ def run(
     if source:
         return _score(experiment, source, folder, root, download, style, **how)
     trial = _build_trial(experiment, root, download, **how)
-    if folder is None:
-        return _train(trial, style)
-    with locked(folder):
-        return _train_in_folder(trial, folder, style, checkpoint_every)
+    with _own_random_numbers(experiment, where):
+        if folder is None:
+            return _train(trial, style)
+        with locked(folder):
+            return _train_in_folder(trial, folder, style, checkpoint_every)
 
 
 def _check_arguments(experiment: Experiment, checkpoint_every: float) -> None:
@@ -100,6 +111,17 @@ def _check_arguments(experiment: Experiment, checkpoint_every: float) -> None:
         raise InvalidValue(
             f"checkpoint_every must be 0 seconds or more, got {shown(checkpoint_every)}"
         )
+
+
+@contextmanager
+def _own_random_numbers(e: Experiment, device: torch.device) -> Iterator[None]:
+    """Inside the `with` block PyTorch's own generators have a seed of this run.
+
+    No layer of ours draws from them; one of `torch.nn`, in somebody's network, may.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(e.seed, "PyTorch's own generators"))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +142,9 @@ def _build_trial(
         precision = "float32"  # there is nothing to take in half
     sets = prepare_data(e, root, download)
     check_fills_batch(len(sets["train"]), e.batch_size)
-    model = build_model(e, device, precision)
+    model = build_model(e, device, precision, inputs_of(sets["train"]))
     order = torch.Generator().manual_seed(derive_seed(e.seed, "order of batches"))
-    state = TrainingState(model, BinaryAdam(parameter_groups(model), lr=e.lr_start), order)
+    state = TrainingState(model, make_optimizer(e.optimizer, model, e.lr_start), order)
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
     _recorder(e, sets["train"]).begin(state)
     return Trial(e, sets, batches, state, make_record(e, sets, device, precision))
@@ -173,6 +195,7 @@ def _train(
         state,
         **trial.batches,
         rates=learning_rates(e.schedule, e.lr_start, e.lr_final, e.epochs),
+        loss=LOSSES[e.loss],
         evaluate_every=e.evaluate_every,
         mode=EvaluationMode(
             e.evaluation_weights,

@@ -21,11 +21,12 @@ from bnnlib.experiments.build import prepare_data, resolve_device
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.variants import CAPACITY
 from bnnlib.files import LOCK, Row, as_folder, locked, read_json, read_table, write_json
+from bnnlib.history import History
 from bnnlib.layers import evaluating
-from bnnlib.runs.folder import RESULTS
+from bnnlib.runs.record import RESULTS
 from bnnlib.runs.result import environment
 from bnnlib.runs.run import run
-from bnnlib.training import History, resolve_progress
+from bnnlib.training import resolve_progress
 
 STORED = RESULTS / "capacity"
 WIDTHS = (0.125, 0.25, 0.5, 1.0)

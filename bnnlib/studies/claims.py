@@ -13,7 +13,7 @@ from typing import Any
 from bnnlib.errors import DamagedFile
 from bnnlib.files import Row, read_json
 from bnnlib.probes import epochs_to_reach
-from bnnlib.runs.folder import RESULTS
+from bnnlib.runs.record import RESULTS
 from bnnlib.runs.result import Run, differences, distance_from_a_guess, profile_of
 from bnnlib.studies.capacity import ABOUT, STORED, load_grid
 

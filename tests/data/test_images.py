@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import SIZES, SVHN_SUBSET, ImageSet, images, load, write_svhn_subset
-from bnnlib.data.images import CIFAR10_CLASSES, SVHN_CLASSES
+from bnnlib.data import ImageSet, images, load, write_svhn_subset
+from bnnlib.data.images import CIFAR10_CLASSES, SVHN_CLASSES, scale_pixels
 from bnnlib.errors import DataNotFound, InvalidValue
+from bnnlib.names import SIZES, SVHN_SUBSET
 
 PIXELS = torch.arange(48, dtype=torch.uint8).reshape(4, 3, 2, 2)
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -30,7 +33,7 @@ def mine(pixels=PIXELS, labels=LABELS, classes=ABC, **more):
 
 
 def with_pixel(value):
-    changed = PIXELS.float()
+    changed = PIXELS.double()
     changed[2, 1, 0, 1] = value
     return changed
 
@@ -38,17 +41,29 @@ def with_pixel(value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"pixels": PIXELS.permute(0, 2, 3, 1)}, r"torch.uint8 \(4, 2, 2, 3\)"),
-        ({"pixels": PIXELS[0]}, r"torch.uint8 \(3, 2, 2\)"),
-        ({"pixels": PIXELS.double()}, "torch.float64"),
+        ({"pixels": PIXELS.permute(0, 2, 3, 1)}, r"\(4, 2, 2, 3\); use images.permute\(0, 3, 1, 2"),
+        ({"pixels": PIXELS.permute(0, 2, 3, 1).numpy()}, r"; use images.transpose\(0, 3, 1, 2\)"),
+        ({"pixels": PIXELS[:, 0]}, r"got \(4, 2, 2\); use images\[:, None\]"),
+        ({"pixels": PIXELS[:, :2]}, r"shape \(N, 3 or 1, H, W\), got \(4, 2, 2, 2\)"),
+        ({"pixels": PIXELS.tolist()}, "must be an array or a tensor, got "),
+        ({"pixels": PIXELS.long()}, "uint8 pixels or scaled floats, got torch.int64"),
+        ({"pixels": PIXELS.half()}, "uint8 pixels or scaled floats, got torch.float16"),
+        ({"pixels": PIXELS.numpy().astype(object)}, "images must be numbers, got array"),
+        ({"pixels": with_pixel(1e300)}, "images must be finite, got .*inf"),
         ({"pixels": with_pixel(math.nan)}, "images must be finite, got nan"),
         ({"pixels": with_pixel(math.inf)}, "images must be finite, got .*inf"),
         ({"pixels": with_pixel(-math.inf)}, "images must be finite, got -inf"),
-        ({"labels": LABELS.int()}, "got torch.int32"),
+        ({"labels": LABELS.double()}, "labels must be int64 .*got torch.float64"),
+        ({"labels": LABELS > 0}, "labels must be int64 .*got torch.bool"),
+        ({"labels": list("abcb")}, "labels must be numbers, got"),
+        ({"labels": 1}, r"labels must be int64 of shape \(4,\), got torch.int64 \(\)"),
+        ({"labels": LABELS.numpy().astype(np.uint64) + 2**63}, "must be in 0..2, got -.* in row 0"),
         ({"labels": LABELS[:3]}, r"shape \(4,\), got torch.int64 \(3,\)"),
         ({"labels": LABELS - 1}, "labels must be in 0..2, got -1 in row 0"),
         ({"labels": LABELS + 1}, "labels must be in 0..2, got 3 in row 2"),
         ({"true_labels": LABELS + 1}, "true_labels must be in 0..2, got 3 in row 2"),
+        ({"labels": LABELS * 10**9, "classes": ()}, r"in 0\.\.999, got 1000000000 in row 1"),
+        ({"true_labels": LABELS + 1, "classes": ()}, r"true_labels must be in 0\.\.2, got 3"),
         ({"classes": ("a", "", "c")}, "class_names must be texts, none empty"),
         ({"classes": ("a", 1, "c")}, "class_names must be texts, none empty"),
     ],
@@ -56,6 +71,79 @@ def with_pixel(value):
 def test_what_does_not_fit_together_is_refused(change, text):
     with pytest.raises(InvalidValue, match=text):
         mine(**change)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int32, np.uint64])
+@pytest.mark.parametrize("order", ["=", ">"])
+def test_numpy_arrays_of_any_layout_are_taken_as_tensors_are(kind, order):
+    pixels, labels = PIXELS.numpy()[::-1], LABELS.numpy().astype(np.dtype(kind).newbyteorder(order))
+    labels.setflags(write=False)
+    data = ImageSet(pixels, labels, true_labels=labels.tolist())
+    assert torch.equal(data.images, PIXELS.flip(0))
+    assert (data.labels.tolist(), data.labels.dtype) == (LABELS.tolist(), torch.int64)
+    assert not data.corrupted.any()
+    assert (data.name, data.split, data.class_names) == ("images", "train", ("0", "1", "2"))
+    floats = ImageSet(pixels.astype(f"{order}f8"), labels).images
+    assert torch.equal(floats, PIXELS.flip(0).float())
+
+
+def test_a_grey_image_has_one_channel_and_a_set_gives_what_a_network_takes():
+    data = mine(PIXELS[:, :1])
+    x, label = data[2]
+    assert torch.equal(x, PIXELS[2, :1] * (2 / 255) - 1)
+    assert (x.dtype, label, type(label)) == (torch.float32, 2, int)
+    assert torch.equal(mine(PIXELS[:, :1].float())[2][0], PIXELS[2, :1].float())  # scaled already
+
+
+class Listed(Dataset):
+    """Some images with their labels, as a `Dataset`."""
+
+    def __init__(self, images, labels=(0, 1, 2, 1), classes=()):
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.images[row], self.labels[row]
+
+
+def pictures(pixels):
+    """Images (C, H, W) as PIL has them."""
+    pixels = pixels.permute(0, 2, 3, 1).squeeze(3).numpy()
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS[:, :1]], ids=["colour", "grey"])
+@pytest.mark.parametrize("kind", [pictures, lambda p: list(map(np.asarray, pictures(p))), list])
+def test_the_images_of_a_dataset_are_those_of_the_set(kind, pixels):
+    data = ImageSet.from_dataset(Listed(kind(pixels), classes=["a", 1, "c"]), "mine", "valid")
+    assert torch.equal(data.images, pixels)
+    assert torch.equal(data.labels, LABELS)
+    assert (data.name, data.split, data.class_names) == ("mine", "valid", ("a", "1", "c"))
+
+
+def test_a_set_is_a_dataset_and_again_the_same_set():
+    again = ImageSet.from_dataset(mine())
+    assert torch.equal(again.images, scale_pixels(PIXELS))
+    assert (again.labels.tolist(), again.class_names) == (LABELS.tolist(), ("0", "1", "2"))
+    (x, labels), *_ = DataLoader(mine(), batch_size=3)
+    assert torch.equal(x, scale_pixels(PIXELS[:3]))
+    assert torch.equal(labels, LABELS[:3])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        (Listed([]), r"images must be of one shape, got \[\]"),
+        (Listed([PIXELS[0], PIXELS[0, :1]]), r"one shape, got \[\(1, 2, 2\), \(3, 2, 2\)\]"),
+        (Listed([PIXELS[0, 0, 0].numpy()]), r"an image must be \(H, W\) or \(H, W, C\), got array"),
+        (Listed(PIXELS, ["a"] * 4), "labels must be numbers, got"),
+    ],
+)
+def test_a_dataset_that_makes_no_set_is_refused(dataset, text):
+    with pytest.raises(InvalidValue, match=text):
+        ImageSet.from_dataset(dataset)
 
 
 @pytest.mark.parametrize(("n", "count"), [(2, 2), (np.uint8(3), 3), (4, 4), (None, 4)])

@@ -33,11 +33,12 @@ def write_zip(path, contents):
 # ------------------------------------------------------------------------------------ splits
 
 
+@pytest.mark.parametrize("images", [IMAGES, IMAGES[:, :1], IMAGES[..., :1]])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, ">i4"])
-def test_plain_images_and_labels_are_the_training_set(npz, dtype):
-    images = np.asfortranarray(IMAGES)  # another order in memory
-    data = load_npz(npz(images=images, labels=LABELS.astype(dtype), notes="by hand"), "train")
-    assert np.array_equal(data.images.numpy(), IMAGES)
+def test_plain_images_and_labels_are_the_training_set(npz, dtype, images):
+    other = np.asfortranarray(images)  # in another order in memory
+    data = load_npz(npz(images=other, labels=LABELS.astype(dtype), notes="by hand"), "train")
+    assert np.array_equal(data.images.numpy(), images)
     assert data.images.is_contiguous()
     assert data.labels.tolist() == LABELS.tolist()
     assert (data.name, data.split, data.class_names) == ("mine", "train", tuple("0123456789"))
@@ -80,7 +81,11 @@ NO_PAIR = "no arrays train_images and train_labels (the split 'train': or images
         (WHOLE | TEST, "heldout and test_images are both split 'test'; keep one"),
         (
             PAIR | TEST | {"test_images": np.zeros((5, 3, 4, 4), np.uint8)},
-            "the splits have images of different sizes: [(2, 2), (4, 4)]",
+            "the splits have images of different sizes: [(3, 2, 2), (3, 4, 4)]",
+        ),
+        (
+            PAIR | TEST | {"test_images": IMAGES[:, :1]},
+            "the splits have images of different sizes: [(1, 2, 2), (3, 2, 2)]",
         ),
         (PAIR | TEST | {"test_labels": -LABELS}, "test_labels must be in 0..999, got -3 in row 0"),
         (WHOLE | {"labels": LABELS + 1}, "labels must be in 0..5 (class_names), got 6 in row 4"),
@@ -94,7 +99,7 @@ def test_arrays_that_make_no_training_set_are_refused(npz, refusal, arrays, text
 
 
 MUST = {
-    "images": "images must be uint8 of shape (N, 3, H, W), got ",
+    "images": "images must be uint8 of shape (N, 3 or 1, H, W), got ",
     "labels": "labels must be ",
     "heldout": "heldout must be 0 or 1 for each of 5 images, got ",
     "class_names": "class_names must be 1 to 1000 printable texts that differ, got ",
@@ -109,8 +114,13 @@ MUST = {
             *("images", IMAGES.transpose(0, 2, 3, 1)),
             "uint8 (5, 2, 2, 3); use images.transpose(0, 3, 1, 2)",
         ),
-        ("images", IMAGES[0], "uint8 (3, 2, 2)"),
-        ("images", IMAGES[:, :1], "uint8 (5, 1, 2, 2)"),
+        (
+            *("images", IMAGES[:, :1].transpose(0, 2, 3, 1)),
+            "uint8 (5, 2, 2, 1); use images.transpose(0, 3, 1, 2)",
+        ),
+        ("images", IMAGES[:, 0], "uint8 (5, 2, 2); use images[:, None]"),
+        ("images", IMAGES[0, 0], "uint8 (2, 2)"),
+        ("images", IMAGES[:, :2], "uint8 (5, 2, 2, 2)"),
         ("images", IMAGES[..., :0], "uint8 (5, 3, 2, 0)"),
         ("labels", LABELS.astype(float), "5 integers, one for each image, got float64 (5,)"),
         ("labels", LABELS > 3, "5 integers, one for each image, got bool (5,)"),

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from bnnlib.data import SVHN_SUBSET, load, published, read_npz, write_svhn_subset
+from bnnlib.data import load, published, read_npz, write_svhn_subset
 from bnnlib.data.published import RETRIES, fetch, import_torchvision_datasets
 from bnnlib.errors import CannotWrite, DamagedFile, DataNotFound, DownloadFailed, FolderInUse
 from bnnlib.files import locked
+from bnnlib.names import SVHN_SUBSET
 
 CONTENT = bytes(range(256)) * 300
 

@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from bnnlib.batches import scale_pixels
 from bnnlib.corruption import random_labels
+from bnnlib.data import ImageSet
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
-from bnnlib.experiments.build import build_model, derive_seed, prepare_data, resolve_device
+from bnnlib.experiments.build import (
+    build_model,
+    derive_seed,
+    inputs_of,
+    prepare_data,
+    resolve_device,
+)
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
 from bnnlib.experiments.variants import named
 from bnnlib.models import binarynet
+from bnnlib.names import DATASETS
 from bnnlib.runs.result import parameter_hash
 
 BASE = smoke(published("svhn-random-labels"))
@@ -148,14 +156,61 @@ def test_no_more_images_are_taken_than_asked_for_or_there(asked, taken, npz):
     assert {split: len(data) for split, data in prepare_data(own).items()} == {"train": taken}
 
 
+@pytest.mark.parametrize("network", ["small", "dense", "mlp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_takes_the_channels_size_and_classes_of_the_data(network, channels, npz):
+    path = npz(images=np.zeros((60, channels, 12, 12), np.uint8), labels=np.arange(60) % 12)
+    own = replace(BASE, dataset=str(path), network=network, n_test=0)
+    inputs = inputs_of(prepare_data(own)["train"])
+    assert inputs == (channels, 12, 12)
+    model = build_model(own, inputs=inputs).eval()
+    assert model(torch.zeros(2, channels, 12, 12)).shape == (2, 12)
+    assert build_model(own).state_dict().keys() == model.state_dict().keys()
+
+
+def test_without_data_a_network_is_the_usual_one():
+    layers = {name: build_model(replace(BASE, network=name))[0] for name in ("small", "svhn")}
+    assert {name: layer.weight.shape[1] for name, layer in layers.items()} == {
+        "small": 3,
+        "svhn": 3,
+    }
+    usual = build_model(replace(BASE, network="mlp"))
+    assert usual(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_images_that_are_not_square_are_refused(npz):
+    path = npz(images=np.zeros((60, 3, 6, 8), np.uint8), labels=np.arange(60) % 10)
+    with pytest.raises(InvalidValue, match="must be square, those of mine are 6 x 8"):
+        prepare_data(replace(BASE, dataset=str(path), n_test=0))
+
+
+def two_splits(size=8, channels=3, classes=10, names=()):
+    """A maker of a data set whose training images are 8 x 8 in three colours, of ten classes."""
+
+    def make(split):
+        own = {"train": (8, 3, 10, ())}.get(split, (size, channels, classes, names))
+        pixels = np.zeros((60, own[1], own[0], own[0]), np.uint8)
+        return ImageSet(pixels, np.arange(60) % own[2], class_names=own[3])
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("size", "classes", "text"),
+    ("other", "text"),
     [
-        (8, 10, "network 'small' takes images of 32 x 32 pixels, those of .* are 8 x 8"),
-        (32, 12, "network 'small' tells 10 classes apart, .* has 12"),
+        ({"size": 12}, r"images alike: \(3, 8, 8\) in training, \(3, 12, 12\) in test"),
+        ({"channels": 1}, r"images alike: \(3, 8, 8\) in training, \(1, 8, 8\) in test"),
+        ({"classes": 11}, r"classes alike: \('0', .* in training, \('0', .* in test"),
+        ({"classes": 2, "names": ("1", "0")}, r"\('0', '1'\) in training, \('1', '0'\) in test"),
     ],
 )
-def test_images_of_another_size_and_too_many_classes_are_refused(size, classes, text, npz):
-    path = npz(images=np.zeros((60, 3, size, size), np.uint8), labels=np.arange(60) % classes)
-    with pytest.raises(InvalidValue, match=text):
-        prepare_data(replace(BASE, dataset=str(path), n_test=0))
+def test_splits_that_differ_are_refused(other, text, monkeypatch):
+    monkeypatch.setitem(DATASETS.data, "own", two_splits(**other))
+    with pytest.raises(InvalidValue, match=f"the splits of own must have .*{text}"):
+        prepare_data(replace(BASE, dataset="own"))
+
+
+def test_a_split_that_lacks_classes_has_those_of_the_training_images(monkeypatch):
+    monkeypatch.setitem(DATASETS.data, "own", two_splits(classes=4))
+    sets = prepare_data(replace(BASE, dataset="own"))
+    assert sets["test"].class_names == sets["train"].class_names == tuple("0123456789")

@@ -31,12 +31,12 @@ RANGES |= dict.fromkeys(SEEDS, "0 to 9,223,372,036,854,775,807")
 NAMES = [name for name, allowed in ALLOWED.items() if not isinstance(allowed, Range)]
 
 
-def test_every_number_has_a_range_and_every_text_but_six_a_list_of_names():
+def test_every_number_has_a_range_and_every_text_but_five_a_list_of_names():
     numbers = {k for k, hint in FIELDS.items() if {int, float} & {hint, *get_args(hint)}}
     assert numbers == set(RANGES)
     assert {k: str(v) for k, v in ALLOWED.items() if isinstance(v, Range)} == RANGES
     texts = {k for k, hint in FIELDS.items() if str in (hint, *get_args(hint))}
-    free = {"name", "summary", "script", "dataset", "evaluates", "run_folder"}
+    free = {"name", "summary", "script", "evaluates", "run_folder"}
     assert texts - free == set(NAMES)
 
 
@@ -55,13 +55,18 @@ def test_the_ends_of_a_range_are_taken_and_what_lies_beyond_is_refused(field):
     assert all(map(refused, (r.low - 1, r.high + 1, float("nan"), float("inf"))))
 
 
-@pytest.mark.parametrize("field", [*NAMES, "dataset"])
+@pytest.mark.parametrize("field", NAMES)
 def test_an_unknown_name_is_refused_with_the_nearest(field):
-    right = {"dataset": "cifar10"}.get(field) or next(iter(ALLOWED[field]))
+    right = next(iter(ALLOWED[field]))
     wrong, several = right[:-1], get_args(FIELDS[field])
     entry, value = (f"entry of {field}", (right, wrong)) if several else (field, wrong)
     with pytest.raises(InvalidValue, match=f"unknown {entry} '{wrong}'; did you mean '{right}'"):
         replace(BASE, **{field: value})
+
+
+def test_a_data_set_may_be_a_file_and_the_message_says_so():
+    with pytest.raises(InvalidValue, match=r"unknown dataset 'x.np' .*, a path ending in \.npz"):
+        replace(BASE, dataset="x.np")
 
 
 @pytest.mark.parametrize(

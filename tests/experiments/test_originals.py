@@ -21,7 +21,8 @@ NOISE = {"random_labels": 0.0, "random_label_splits": (), "gaussian_variance": 0
 EVALUATION = {"evaluates": "svhn-random-labels", "evaluation_rows": 7000}
 # fmt: off
 COMMON = {
-    "batch_size": 50, "lr_start": 1e-3, "schedule": "exponential", "width": 1.0, "binary": True,
+    "batch_size": 50, "lr_start": 1e-3, "schedule": "exponential", "loss": "squared_hinge",
+    "optimizer": "binary_adam", "width": 1.0, "binary": True,
     "activation": "binary_tanh", "weights": "deterministic", "evaluation_weights": "deterministic",
     "evaluation_statistics": "running", "evaluation_samples": 1, "dropout": (),
     "dropout_position": "before_norm", "l2": 0.0, "l2_target": "nothing", "random_labels": 1.0,

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnnlib.batches import Batches, scale_pixels
+from bnnlib.batches import Batches
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
 from bnnlib.kernels.graphs import WARM_UP, GraphedStep
 from bnnlib.kernels.precision import set_precision
@@ -34,7 +35,7 @@ def start(data, half=False, l2=0.0, device="cpu", **settings):
     model.to(device, memory_format=torch.channels_last)
     seed_layers(model, 3)
     if half:
-        set_precision(model, "half")
+        set_precision(model, torch.randn(8, 3, 8, 8, generator=seeded()).to(device))
     penalized = [model.dense5.weight]
     penalty = (lambda: l2 * l2_penalty(penalized)) if l2 else None
     state = TrainingState(model, BinaryAdam(parameter_groups(model), lr=1e-2), seeded())

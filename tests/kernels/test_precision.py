@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from bnnlib.batches import Batches
 from bnnlib.errors import InvalidValue
 from bnnlib.kernels.precision import is_exact_in_half, resolve_precision, set_precision
-from bnnlib.layers import BinaryConv2d, BinaryLinear, evaluating
-from bnnlib.models import Architecture, binarynet
+from bnnlib.layers import Activation, BinaryConv2d, BinaryLinear, evaluating, seed_layers
+from bnnlib.models import ARCHITECTURES, Architecture, binarynet
+from bnnlib.quantizers import approx_sign, binary_tanh
 
 SMALL = Architecture((16, 32), pool_every=1, dense=(64, 32), image_size=8)
 
@@ -18,9 +20,18 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def by_precision(model, precision):
+def numbers(*shape):
+    return torch.randn(shape, generator=seeded(3))
+
+
+def in_half(model, side=8):
+    """The model, after a look at images of `side` pixels."""
+    return set_precision(model, numbers(8, 3, side, side))
+
+
+def by_precision(model, precision, side=8):
     """The names of the layers with a precision, from input to output."""
-    layers = set_precision(model, "half").named_children()
+    layers = in_half(model, side).named_children()
     return [name for name, layer in layers if getattr(layer, "precision", "") == precision]
 
 
@@ -44,10 +55,10 @@ def test_a_sum_is_exact_up_to_the_bound_of_its_parity(terms, even, exact):
     ],
 )
 def test_the_precision_of_the_layers_of_a_network(network, first, half, mixed):
-    model = binarynet(network, generator=seeded())
-    assert by_precision(model, "half") == half.split()
-    assert by_precision(model, "mixed") == mixed.split()
-    assert by_precision(model, "float32") == [first]  # it is fed with pixels
+    model, side = binarynet(network, generator=seeded()), ARCHITECTURES[network].image_size
+    assert by_precision(model, "half", side) == half.split()
+    assert by_precision(model, "mixed", side) == mixed.split()
+    assert by_precision(model, "float32", side) == [first]  # it is fed with pixels
 
 
 @pytest.mark.parametrize(
@@ -72,6 +83,28 @@ def test_what_dropout_leaves_is_not_binary():
     assert by_precision(model, "float32") == ["conv1", "dense4"]
 
 
+def test_an_activation_that_is_not_known_to_give_signs_is_not_taken_for_one():
+    model = binarynet(SMALL, generator=seeded())
+    model.act2 = nn.Tanh()
+    model.act3 = Activation(lambda x: 2 * binary_tanh(x))
+    model.act4 = Activation(approx_sign)
+    assert by_precision(model, "float32") == ["conv1", "dense3", "dense4"]
+    assert by_precision(model, "half") == ["conv2", "dense5"]
+
+
+def test_a_look_leaves_the_network_and_pytorchs_generator_as_they_were():
+    model = binarynet(SMALL, generator=seeded(), weights="stochastic", dropout=(0.2,)).eval()
+    in_half(seed_layers(model, 3))
+    twin = seed_layers(binarynet(SMALL, generator=seeded(), dropout=(0.2,)), 3)
+    assert not model.training
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+    assert torch.equal(model.conv1.generator.get_state(), twin.conv1.generator.get_state())
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+    before = torch.get_rng_state()
+    in_half(seed_layers(model, None))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # -------------------------------------------------------------------------------------- the layers
 
 
@@ -92,7 +125,7 @@ def in_both(layer, x, precision="half"):
 @pytest.mark.parametrize("network", ["cifar10", "svhn"])
 def test_every_exact_layer_of_the_published_networks_is_exact(network):
     model = binarynet(network, generator=seeded())
-    for name in by_precision(model, "half"):
+    for name in by_precision(model, "half", side=32):
         layer = model.get_submodule(name)
         size = (4, 4) if isinstance(layer, BinaryConv2d) else ()
         found, exact = in_both(layer, signs(2, layer.weight.shape[1], *size))
@@ -102,7 +135,7 @@ def test_every_exact_layer_of_the_published_networks_is_exact(network):
 
 @pytest.mark.parametrize("pad_value", [0.0, 1.0, -1.0])
 def test_the_largest_sums_are_exact_at_every_border(pad_value):
-    layer = BinaryConv2d(256, 4, pad_value=pad_value, generator=seeded())
+    layer = BinaryConv2d(256, 4, 3, pad_value=pad_value, generator=seeded())
     layer.weight.data.fill_(0.5)
     layer.weight.data[1] = -0.5
     layer.weight.data[2, 0] = -0.5  # 2302 - 2: another even number near the largest
@@ -123,7 +156,7 @@ def test_beyond_the_bound_a_sum_does_round():
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (BinaryConv2d(16, 24, generator=seeded()), (10, 16, 6, 6)),
+        (BinaryConv2d(16, 24, 3, generator=seeded()), (10, 16, 6, 6)),
         (BinaryLinear(64, 24, generator=seeded()), (10, 64)),
     ],
 )
@@ -145,7 +178,7 @@ def test_gradients_are_those_of_float32_to_the_precision_of_bf16(layer, shape, p
 @pytest.mark.parametrize("weights", ["real", "deterministic"])
 def test_a_network_gives_the_scores_of_float32_and_real_weights_are_never_rounded(noise, weights):
     plain, half = (binarynet(SMALL, generator=seeded()) for _ in range(2))
-    set_precision(half, "half")
+    in_half(half)
     x, _ = next(Batches(noise(), 20).in_order())
     scores = []
     for model in (plain, half):
@@ -178,8 +211,8 @@ def test_unknown_precision_is_refused_with_the_nearest():
 @pytest.mark.parametrize("network", ["cifar10", "svhn"])
 @pytest.mark.parametrize("images", [50, 500])
 def test_a_gpu_takes_every_sum_of_signs_exactly(network, images):
-    model = set_precision(binarynet(network, generator=seeded()), "half").cuda()
     size = 32
+    model = in_half(binarynet(network, generator=seeded()), size).cuda()
     for name, layer in list(model.named_children())[1:]:
         size = size // 2 if name.startswith("pool") else size
         if getattr(layer, "precision", "float32") == "float32":

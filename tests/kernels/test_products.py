@@ -1,6 +1,7 @@
 """Outputs and derivatives of the binary layers against PyTorch's own products of the signs."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from bnnlib.kernels.products import _without_tf32
 from bnnlib.layers import BinaryConv2d, BinaryLinear
 from bnnlib.losses import squared_hinge_loss
 from bnnlib.models import ARCHITECTURES, binarynet
-from bnnlib.quantizers import binarize, binary_sigmoid, binary_tanh
+from bnnlib.quantizers import binarize, binarize_stochastic, binary_sigmoid, binary_tanh, real
 
 SIZES = st.integers(1, 5)
 LEADING = st.lists(SIZES, max_size=3).map(tuple)  # dimensions before the features; none at all
-each_kind_of_layer = pytest.mark.parametrize("kind", [BinaryLinear, BinaryConv2d])
+each_kind_of_layer = pytest.mark.parametrize(
+    "kind", [BinaryLinear, partial(BinaryConv2d, kernel_size=3)]
+)
 
 
 def seeded(seed=0):
@@ -43,12 +46,12 @@ def reference(layer, x, weight=None):
         weight = borrowing(torch.where(layer.weight >= 0, 1.0, -1.0), layer.weight)
     if isinstance(layer, BinaryLinear):
         return F.linear(x, weight, layer.bias)
-    return F.conv2d(x, weight, layer.bias, padding=layer.padding)
+    return F.conv2d(x, weight, layer.bias, **layer.geometry._asdict())
 
 
 def first_and_second(layer, product, x):
     """The output, its gradients, and those of the gradients' squared norm."""
-    x, values = x.clone().requires_grad_(), (layer.weight, layer.bias)
+    x, values = x.clone().requires_grad_(), tuple(layer.parameters())
     y = product(x)
     loss = y.pow(3).mean()  # so that the gradients depend on everything
     first = torch.autograd.grad(loss, (x, *values), create_graph=True)
@@ -87,10 +90,25 @@ def test_a_convolution_takes_a_batch_or_one_image(batch, channels, size, k):
     assert_same_derivatives(layer, numbers(*leading, channels[0], *size))
 
 
-@pytest.mark.parametrize("mode", ["stochastic", "real"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"stride": 2},
+        {"stride": (3, 1), "padding": (2, 0)},
+        {"padding": "valid", "groups": 2},
+        {"kernel_size": (1, 2), "padding": 1, "groups": 4, "stride": 2},
+    ],
+)
+def test_derivatives_of_a_convolution_of_any_geometry(geometry, bias):
+    layer = BinaryConv2d(4, 8, **{"kernel_size": 3} | geometry, bias=bias, generator=seeded())
+    assert_same_derivatives(layer, numbers(2, 4, 7, 6))
+
+
+@pytest.mark.parametrize("quantizer", [binarize_stochastic, real])
 @each_kind_of_layer
-def test_derivatives_of_the_other_modes(kind, mode):
-    layer = kind(3, 4, generator=seeded(), mode=mode).double()
+def test_derivatives_of_other_weights_than_signs(kind, quantizer):
+    layer = kind(3, 4, generator=seeded(), quantizer=quantizer).double()
     layer.generator = seeded(7)
     drawn = layer.effective_weight().detach()
 
@@ -153,9 +171,10 @@ class Scaled(BinaryLinear):
         return 0.5 * super().effective_weight()
 
 
-@pytest.mark.parametrize("mode", ["deterministic", "real"])
-def test_an_own_effective_weight_is_obeyed_of_a_class_or_of_one_layer_alone(mode):
-    plain, scaled = (kind(7, 5, generator=seeded(), mode=mode) for kind in (BinaryLinear, Scaled))
+@pytest.mark.parametrize("quantizer", [binarize, real])
+def test_an_own_effective_weight_is_obeyed_of_a_class_or_of_one_layer_alone(quantizer):
+    made = partial(BinaryLinear, 7, 5), partial(Scaled, 7, 5)
+    plain, scaled = (make(quantizer=quantizer, generator=seeded()) for make in made)
     x = numbers(6, 7)
     torch.testing.assert_close(scaled(x), 0.5 * plain(x))
     plain.effective_weight = lambda: torch.ones(5, 7)

@@ -3,6 +3,8 @@
 SIGTERM, and a state that is not finite, are tried by `benchmarks/faults.py` and its tests.
 """
 
+import json
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -11,18 +13,26 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from benchmarks.kills import EXPERIMENT, kill_until_done
+from benchmarks.mutations import name_by_content
 from bnnlib import training
-from bnnlib.errors import BnnlibWarning, CannotWrite, InvalidValue
-from bnnlib.optim import BinaryAdam
+from bnnlib.batches import Batches
+from bnnlib.errors import BnnlibWarning, CannotWrite, DamagedFile, InvalidValue
+from bnnlib.layers import seed_layers
+from bnnlib.models import binarynet
+from bnnlib.optim import BinaryAdam, make_optimizer
 from bnnlib.runs import checkpoint
 from bnnlib.runs import run as run_module
 from bnnlib.runs.checkpoint import Checkpoints
-from bnnlib.runs.folder import is_finished, load_run
+from bnnlib.runs.folder import load_run
 from bnnlib.runs.interrupts import SIGNALS
+from bnnlib.runs.record import is_finished
 from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
+from bnnlib.tensors import read_tensors, tensor_bytes
+from bnnlib.training import TrainingState, fit
 
 # Three epochs of five steps, with every kind of state and a penalty.
 SHORT = replace(EXPERIMENT, epochs=3, evaluate_every=2, l2=1e-3, l2_target="weights")
@@ -177,17 +187,121 @@ def test_without_a_whole_checkpoint_the_run_begins_anew(uninterrupted, out):
 
 
 def test_a_state_goes_on_on_another_device_only_where_no_random_number_is_drawn(
-    finished, tmp_path, monkeypatch
+    finished, out, tmp_path, monkeypatch
 ):
-    describe = checkpoint._describe
+    describe, own = checkpoint._describe, checkpoint.pytorchs_own
+    twin, cuda = replace(finished.experiment, binary=False), {"cuda": torch.Generator()}
     monkeypatch.setattr(checkpoint, "_describe", lambda *s: describe(*s) | {"device": "cuda"})
     interrupt(SHORT, tmp_path / "random", 3)
     with pytest.raises(InvalidValue, match="on 'cuda'; its random numbers go on only there, not"):
         quietly(SHORT, tmp_path / "random")
     assert saved_steps(tmp_path / "random") == [2, 3]
-    twin = replace(finished.experiment, binary=False)
-    interrupt(twin, tmp_path / "twin", 3)
-    assert differences(quietly(twin, tmp_path / "twin"), quietly(twin)) == []
+    for there, here in (cuda, {}), ({}, cuda):  # who has a generator of a GPU
+        monkeypatch.setattr(checkpoint, "pytorchs_own", lambda s, there=there: own(s) | there)
+        interrupt(twin, out, 3)
+        monkeypatch.setattr(checkpoint, "pytorchs_own", lambda s, here=here: own(s) | here)
+        assert differences(quietly(twin, out), quietly(twin)) == []
+        shutil.rmtree(out)
+
+
+# ------------------------------------------------------------------------------ its formats
+
+
+@pytest.fixture
+def newest(out):
+    """The tensors and texts of the last state of SHORT, stopped in its eighth step."""
+    interrupt(SHORT, out, 8)
+    return read_tensors(checkpoints(out)[-1])
+
+
+def write_anew(out, tensors, about):
+    """Replace the last state by another one, under the name that says that it is whole."""
+    *_, path = checkpoints(out)
+    path.write_bytes(tensor_bytes(tensors, {"bnnlib": json.dumps(about)}))
+    name_by_content(path)
+
+
+@pytest.mark.parametrize(("updates", "text"), [([8] * 6, ""), ([8] * 5 + [7], "took .* steps")])
+def test_a_state_of_format_1_goes_on_with_its_one_count_of_steps(
+    updates, text, newest, uninterrupted, out
+):
+    tensors, texts = newest
+    about = json.loads(texts["bnnlib"])
+    assert (about["format"], about["updates"], about["steps"]) == (2, 8, 3)
+    own = {"generator.torch", "optimizer.group0.step"}
+    assert own < tensors.keys()
+    del about["optimizer"]
+    earlier = {name: tensor for name, tensor in tensors.items() if name not in own}
+    write_anew(out, earlier, about | {"format": 1, "updates": updates})
+    if text:
+        with pytest.raises(DamagedFile, match=f"holds no state of this training: .*{text}"):
+            quietly(SHORT, out)
+    else:
+        resumed, steps = counting_steps(SHORT, out)
+        assert (differences(uninterrupted, resumed), steps) == ([], 7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda optimizer: optimizer["groups"].pop(),
+        lambda optimizer: optimizer["groups"][0].update(clip=2.0),
+        lambda optimizer: optimizer["groups"][0].update(clip=None),
+        lambda optimizer: optimizer["groups"][1]["betas"].append(0.5),
+        lambda optimizer: optimizer["groups"][1].pop("eps"),
+        lambda optimizer: optimizer["groups"][1].update(own=1),
+        lambda optimizer: optimizer["groups"][0].update(lr="fast"),
+        lambda optimizer: optimizer["state"].update(own={}),
+        lambda optimizer: optimizer["state"].clear(),
+    ],
+)
+def test_the_settings_of_another_optimizer_are_refused(change, newest, out):
+    tensors, texts = newest
+    about = json.loads(texts["bnnlib"])
+    change(about["optimizer"])
+    write_anew(out, tensors, about)
+    with pytest.raises(DamagedFile, match="it has the settings of another optimizer"):
+        quietly(SHORT, out)
+
+
+def strides(state):
+    """How the tensors that an optimizer keeps of each parameter lie in memory."""
+    kept = (state.optimizer.state[p].items() for p in state.model.parameters())
+    return [{name: tensor.stride() for name, tensor in tensors} for tensors in kept]
+
+
+OPTIMIZERS = ["binary_adam", "SGD", "AdamW", "Adagrad", "NAdam", "Rprop"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_state_of_an_optimizer_is_restored_to_the_last_bit(name, layout, tiny, noise, tmp_path):
+    def begun(seed):
+        model = binarynet(tiny, generator=torch.Generator().manual_seed(seed), dropout=(0.5,))
+        model = seed_layers(model.to(memory_format=layout), seed)
+        order = torch.Generator().manual_seed(seed)
+        state = TrainingState(model, make_optimizer(name, model, 1e-2), order)
+        return state, Checkpoints(tmp_path, state, "digest", 0)
+
+    def train(state):
+        fit(state, Batches(noise(), 20), rates=[1e-2, 5e-3, 1e-3], progress="none")
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in state.history.rows]
+        return str(rows), state.model.state_dict()
+
+    def stop():
+        if state.steps == 5:
+            raise KeyboardInterrupt
+
+    state, kept = begun(seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(state, Batches(noise(), 20), rates=[1e-2] * 3, progress="none", after_step=stop)
+    kept.save()
+    other, restored = begun(seed=2)
+    assert restored.restore()
+    assert strides(state) == strides(other)
+    (rows, parameters), (again, same) = train(state), train(other)
+    assert rows == again
+    assert all(torch.equal(p, same[key]) for key, p in parameters.items())
 
 
 # --------------------------------------------------------------------------- what is kept when

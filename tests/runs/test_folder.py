@@ -23,15 +23,8 @@ from bnnlib.errors import (
 )
 from bnnlib.files import LOCK, locked
 from bnnlib.runs.evaluation import evaluate_run
-from bnnlib.runs.folder import (
-    HISTORY,
-    LABELS,
-    PARAMETERS,
-    RECORD,
-    is_finished,
-    load_run,
-    stored_runs,
-)
+from bnnlib.runs.folder import load_run, stored_runs
+from bnnlib.runs.record import HISTORY, LABELS, PARAMETERS, RECORD, is_finished
 from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
 
@@ -135,6 +128,13 @@ WRONG_RECORDS = {
     "corruptions": [{"train": "all"}],
     "label_sha256": [{"train": None}],
     "trained_on": [7],
+    "inputs": [
+        {"in_channels": 3, "image_size": 8},
+        {"in_channels": 3, "image_size": 2**40, "classes": 10},
+        {"in_channels": 0, "image_size": 8, "classes": 10},
+        {"in_channels": 3, "image_size": 8, "classes": 2**62},
+        {"in_channels": 3, "image_size": 8.0, "classes": 10},
+    ],
     "history_sha256": [[]],
     "seconds": [-1, "1", 1e300],
     "continued": [{}, [{"threads": 1}]],

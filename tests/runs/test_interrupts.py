@@ -13,8 +13,9 @@ from jupyter_client.manager import start_new_kernel
 from bnnlib.errors import Interrupted
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
-from bnnlib.runs.folder import is_finished, load_run
+from bnnlib.runs.folder import load_run
 from bnnlib.runs.interrupts import SIGNALS, deferred_interrupts
+from bnnlib.runs.record import is_finished
 from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
 

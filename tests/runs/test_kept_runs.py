@@ -11,7 +11,8 @@ from bnnlib.batches import Batches
 from bnnlib.errors import BnnlibWarning
 from bnnlib.experiments.build import prepare_data
 from bnnlib.probes import EVALUATION_MODES
-from bnnlib.runs.folder import is_finished, load_run
+from bnnlib.runs.folder import load_run
+from bnnlib.runs.record import is_finished
 from bnnlib.runs.run import run
 from bnnlib.training import evaluate
 

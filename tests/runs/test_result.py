@@ -10,9 +10,9 @@ import torch
 from bnnlib.experiments.build import prepare_data
 from bnnlib.experiments.profiles import reduced, smoke
 from bnnlib.experiments.variants import named
+from bnnlib.history import History
 from bnnlib.runs.folder import load_run
 from bnnlib.runs.result import differences, is_guessing, parameter_hash, profile_of, summary
-from bnnlib.training import History
 
 
 def test_the_record_says_what_a_reader_must_know(finished):
@@ -22,6 +22,7 @@ def test_the_record_says_what_a_reader_must_know(finished):
     assert set(record["versions"]) == {"bnnlib", "python", "torch", "numpy"}
     assert record["versions"]["torch"] == torch.__version__
     assert record["images"] == {"train": 100, "test": 100}
+    assert record["inputs"] == {"in_channels": 3, "image_size": 32, "classes": 10}
     assert record["seconds"] > 0
     for split, data in prepare_data(finished.experiment).items():
         assert record["label_sha256"][split] == data.label_hash()

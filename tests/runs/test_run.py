@@ -6,6 +6,7 @@ from itertools import count, pairwise
 from math import isnan, nan
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,17 +16,20 @@ from bnnlib.experiments.build import build_model, derive_seed, prepare_data
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import PROFILES, at_profile, quick, reduced, smoke
+from bnnlib.experiments.scored import as_scored
 from bnnlib.experiments.variants import named
-from bnnlib.layers import binarize_parameters_, binary_layers
+from bnnlib.history import History
+from bnnlib.layers import binary_layers
 from bnnlib.losses import error_rate
 from bnnlib.models import penalized_parameters
 from bnnlib.probes import EVALUATION_MODES, PROBES
+from bnnlib.quantizers import sign
 from bnnlib.runs import evaluation
-from bnnlib.runs.evaluation import as_scored, evaluate_run
+from bnnlib.runs.evaluation import evaluate_run
 from bnnlib.runs.folder import load_run
 from bnnlib.runs.result import differences, summary, trained_on
 from bnnlib.runs.run import HISTORY_EVERY, run
-from bnnlib.training import EvaluationMode, History, evaluate
+from bnnlib.training import EvaluationMode, evaluate
 
 BASE = smoke(published("svhn-random-labels"))
 LAYERS = ("conv1", "conv2", "dense3", "dense4", "dense5")  # of the network "small"
@@ -198,10 +202,12 @@ def test_what_run_cannot_take_is_named_before_any_work(arguments, text, monkeypa
     [
         ({"dataset": "cifar10", "n_train": 50}, DataNotFound, "is not in"),
         ({"n_train": 20}, InvalidValue, "20 images do not fill one batch of 50; use a batch_size"),
-        ({"network": "dense"}, InvalidValue, r"8 x 8 pixels, .* 32 x 32"),
+        ({"dataset": "wide.npz"}, InvalidValue, "must be square, those of wide are 6 x 8"),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_folder_behind(changes, error, text, tmp_path):
+    wide = np.zeros((60, 1, 6, 8), np.uint8)
+    np.savez(tmp_path / "wide.npz", images=wide, labels=np.arange(60) % 10)
     with pytest.raises(error, match=text):
         run(replace(BASE, **changes), tmp_path / "out", device="cpu", root=tmp_path)
     assert not (tmp_path / "out").exists()
@@ -227,7 +233,9 @@ def test_the_error_is_that_of_the_signs_on_all_rows_as_one_batch(finished):
     model = build_model(finished.experiment)
     model.load_state_dict(finished.model.state_dict())
     with torch.no_grad():
-        error = error_rate(binarize_parameters_(model).eval()(x), labels)
+        for layer in binary_layers(model):
+            layer.weight.copy_(sign(layer.weight))
+        error = error_rate(model.eval()(x), labels)
     assert evaluate_run(finished, rows=None) == evaluate_run(finished) == error
     assert error == finished.history.last("train_error")
 

@@ -28,7 +28,8 @@ from benchmarks.mutations import (
 )
 from bnnlib.errors import DamagedFile, InvalidValue
 from bnnlib.experiments.experiment import Experiment
-from bnnlib.runs.folder import HISTORY, LABELS, PARAMETERS, RECORD, load_run
+from bnnlib.runs.folder import load_run
+from bnnlib.runs.record import HISTORY, LABELS, PARAMETERS, RECORD
 from bnnlib.runs.run import run
 
 CHECKPOINT = "checkpoints/*.safetensors"
@@ -192,11 +193,12 @@ def refused(specimen, tmp_path):
 
 
 WRONG_STATES = {
-    "format": (2, "has format 2; this bnnlib reads formats 1 to 1"),
+    "format": (3, "has format 3; this bnnlib reads formats 1 to 2"),
     "experiment_sha256": (None, "is the state of another experiment"),
     "steps": (-1, "holds no state"),
     "seconds": (1e300, "holds no state"),
-    "updates": ([1.5], "holds no state"),
+    "updates": (1.5, "holds no state"),
+    "optimizer": ({"state": {}, "groups": []}, "it has the settings of another optimizer"),
     "columns": (["epoch", "epoch"], "holds no state"),
     "epochs": (True, "holds no state"),
 }

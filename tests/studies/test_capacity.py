@@ -166,7 +166,7 @@ def test_the_stored_grid_is_whole():
 
 
 def test_the_command_measures_the_grid_into_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnnlib.cli.make_grid", lambda: TINY[:2])
+    monkeypatch.setattr("bnnlib.studies.capacity.make_grid", lambda: TINY[:2])
     out = tmp_path / "grid"
     result = CliRunner().invoke(main, ["capacity", "--out", str(out), "--device", "cpu"])
     assert (result.exit_code, result.stdout) == (0, f"2 runs\n{out / 'grid.csv'}\n")

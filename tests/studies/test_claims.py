@@ -7,11 +7,11 @@ import pytest
 
 from bnnlib.experiments.profiles import reduced
 from bnnlib.experiments.variants import named
+from bnnlib.history import History
 from bnnlib.runs.folder import stored_runs
 from bnnlib.runs.result import Run
 from bnnlib.studies import claims
 from bnnlib.studies.claims import CLAIMS, GRID_CLAIMS, Claim, excess, judge, last
-from bnnlib.training import History
 
 
 def made(name="svhn-random-labels", seed=0, rows=(), **row):

@@ -4,15 +4,14 @@ import numpy as np
 
 from bnnlib.data.drawn import glyphs, patterns, shapes
 from bnnlib.data.drawn.drawing import Draws
+from bnnlib.names import DRAWN, SPLITS
 
-# What draws each set, its classes, and how many random words an image takes. The place in this
-# table is part of the seed.
-DRAWN = {
+# What draws each set, its classes, and how many random words an image takes.
+DRAWERS = {
     "glyphs": (glyphs.draw_glyphs, glyphs.GLYPH_CLASSES, glyphs.WORDS),
     "shapes": (shapes.draw_shapes, shapes.SHAPE_CLASSES, shapes.WORDS),
     "patterns": (patterns.draw_patterns, patterns.PATTERN_CLASSES, patterns.WORDS),
 }
-SPLITS = ("train", "valid", "test")
 CHUNK = 64  # images drawn together: few enough to stay in the processor's cache
 
 
@@ -22,8 +21,8 @@ def draw_set(name: str, split: str, n: int, seed: int) -> tuple[np.ndarray, np.n
     Every set, split and seed has its own stream of random words, and each image its own part of
     it, so a larger n only appends.
     """
-    draw, _, words = DRAWN[name]
-    stream = (list(DRAWN).index(name) + 1, SPLITS.index(split), seed)
+    draw, _, words = DRAWERS[name]
+    stream = (DRAWN.index(name) + 1, SPLITS.index(split), seed)
     bits = np.random.PCG64(np.random.SeedSequence(stream))
     images, labels = [], []
     for start in range(0, n, CHUNK):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import make_glyphs
-from bnnlib.data import DRAWN, drawn
-from bnnlib.data.drawn import SPLITS, draw_set, drawing, glyphs, patterns, shapes
+from bnnlib.data import drawn
+from bnnlib.data.drawn import draw_set, drawing, glyphs, patterns, shapes
+from bnnlib.names import DRAWN, SPLITS
 
 # Parts of NumPy that give the same bits on every machine: random words, single IEEE operations,
 # operations on integers, and the moving of data.

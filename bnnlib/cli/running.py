@@ -1,0 +1,270 @@
+"""What can be run, and running it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, replace
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from bnnlib import names as registries
+from bnnlib.cli.options import (
+    DATA,
+    DEVICE,
+    DOWNLOAD,
+    JSON,
+    NAME,
+    PROFILE,
+    SET,
+    USE,
+    check_data,
+    checked,
+    completed,
+    folder_option,
+)
+from bnnlib.cli.texts import as_text, parse_seeds, parse_settings
+from bnnlib.errors import InvalidValue, check_fills_batch, check_name
+from bnnlib.experiments.experiment import ALLOWED, DEFAULTS, MEANINGS, Experiment, Range
+from bnnlib.experiments.originals import PUBLISHED
+from bnnlib.experiments.profiles import at_profile
+from bnnlib.experiments.scored import EVALUATION_FIELDS, as_scored
+from bnnlib.experiments.variants import VARIANTS, named
+from bnnlib.history import describe_row
+from bnnlib.names import PRECISIONS
+from bnnlib.runs.record import folder_to_score, holds_finished, read_run
+
+COLUMNS = 100  # of a terminal
+VALUE, MEANING = 24, 50  # columns in which the value of a field and its meaning begin
+DERIVED = {
+    "lr_decay": "factor on the learning rate after each epoch; none: it is no constant",
+    "steps": "training steps in all",
+}
+
+# ---------------------------------------------------------------------------- what can be run
+
+
+@click.command("list")
+@click.option("--variants", is_flag=True, help="What the original lacks instead.")
+@JSON
+@USE
+def list_experiments(variants: bool, as_json: bool) -> None:
+    """The experiments of the original, or our variants."""
+    listed = VARIANTS if variants else PUBLISHED
+    if as_json:
+        click.echo(json.dumps([_all_fields(e) for e in listed.values()], indent=1))
+        return
+    width = max(map(len, listed)) + 2
+    for e in listed.values():
+        click.echo(f"{e.name:<{width}}{e.summary}")
+
+
+@click.command()
+@JSON
+@USE
+def names(as_json: bool) -> None:
+    """The names that fields take, yours (--use) included.
+
+    Capitals: the dictionary of bnnlib to which such a file adds names.
+    """
+    closed = {field: list(a) for field, a in ALLOWED.items() if not isinstance(a, Range)}
+    if as_json:
+        click.echo(json.dumps(closed, indent=1))
+        return
+    of = {id(value): name for name, value in vars(registries).items() if name.isupper()}
+    for field, listed in closed.items():
+        is_open = isinstance(ALLOWED[field], registries.Registry)
+        registry = of[id(ALLOWED[field])] if is_open else ""
+        click.echo(_hanging(f"{field:<22}{registry:<13}", ", ".join(listed), 35))
+
+
+@click.command()
+@NAME
+@PROFILE
+@SET
+@JSON
+@USE
+def describe(name: str, profile: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Every setting of an experiment, and its meaning.
+
+    It is the experiment that `run` with the same options makes. A value is written as --set takes
+    it; * marks one that is not the default of its field.
+    """
+    changes = parse_settings(settings)
+    e = replace(at_profile(named(name), profile), **changes)
+    if e.evaluates:
+        e, _ = _with_source(e, profile, changes, default_folder(e, profile))
+    values = _all_fields(e)
+    if as_json:
+        click.echo(json.dumps(values, indent=1))
+        return
+    for field, value in values.items():
+        star = " " if DEFAULTS.get(field, MISSING) in (MISSING, value) else "*"
+        head = f"{star} {field}".ljust(VALUE) + f"{as_text(value)} "
+        click.echo(_hanging(head, (MEANINGS | DERIVED)[field], MEANING))
+
+
+def _hanging(head: str, text: str, indent: int) -> str:
+    """`head`, and `text` in the columns from `indent` on; below it, where the head is too long."""
+    lines = []
+    if len(head) > indent:
+        whole = {"break_long_words": False, "break_on_hyphens": False}  # what may be a path
+        lines = [fill(head, COLUMNS, subsequent_indent=" " * VALUE, **whole)]
+        head = ""
+    start, rest = head.ljust(indent), " " * indent
+    lines.append(fill(text, COLUMNS, initial_indent=start, subsequent_indent=rest))
+    return "\n".join(lines)
+
+
+def _all_fields(experiment: Experiment) -> dict[str, Any]:
+    """All fields, and the numbers that follow from them."""
+    return asdict(experiment) | {name: getattr(experiment, name) for name in DERIVED}
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+def _check_seconds(value: float) -> None:
+    if not value >= 0:  # NaN is not
+        raise InvalidValue(f"--checkpoint-every must be 0 seconds or more, got {value}")
+
+
+@click.command("run")
+@NAME
+@PROFILE
+@folder_option("--out", "Folder of the run.", show_default="runs/NAME/PROFILE-seedN")
+@SET
+@click.option(
+    "--seeds",
+    metavar="N,N-N,...",
+    show_default="one run, of the seed that is set",
+    help="One run for each, in OUT/seedN.",
+)
+@USE
+@DEVICE
+@DATA
+@DOWNLOAD
+@click.option(
+    "--checkpoint-every",
+    default=300.0,
+    metavar="SECONDS",
+    type=float,
+    callback=checked(_check_seconds),
+    help="Least time between two saves of the state, in seconds.",
+)
+@click.option(
+    "--precision",
+    default="auto",
+    shell_complete=completed(PRECISIONS),
+    callback=checked(lambda value: check_name("precision", value, PRECISIONS)),
+    help=f"Of the sums of binary layers: {', '.join(PRECISIONS)}; auto: half on a GPU.",
+)
+def run_experiment(name, profile, out, settings, seeds, data, **how) -> None:
+    """Run one experiment and keep it in a folder.
+
+    An unfinished run there goes on, a finished one is read.
+
+    Ctrl-C once, or SIGTERM: finish the step, save, stop with status 130. Twice: stop now.
+
+    --seeds 0-2, or 0,1,2, runs three, one after the other, with these as seed and corruption_seed.
+    """
+    changes, base = parse_settings(settings), at_profile(named(name), profile)
+    seeds = [] if seeds is None else parse_seeds(seeds)
+    each = [{"seed": seed, "corruption_seed": seed} for seed in seeds] or [{}]
+    if seeds and (twice := changes.keys() & each[0].keys()):
+        raise InvalidValue(f"--seeds gives {' and '.join(sorted(twice))}, so --set cannot")
+    trials = []  # a mistake is told before any of them runs, or loads PyTorch
+    for own in each:
+        e = replace(base, **changes | own)
+        folder = out or default_folder(e, profile)
+        folder = folder / f"seed{e.seed}" if own and out else folder
+        trial = _planned(e, profile, changes | own, folder)
+        if not trial[-1]:
+            check_data(trial[0], data, how["download"])
+        trials.append(trial)
+    for trial in trials:
+        _run_one(*trial, how | {"root": data})
+
+
+def _planned(
+    e: Experiment, profile: str, changes: Mapping[str, Any], out: Path
+) -> tuple[Experiment, Experiment | None, Path, bool]:
+    """The experiment, the one to be trained before it, its folder, and whether that is finished."""
+    source = None
+    if e.evaluates:
+        e, source = _with_source(e, profile, changes, out)
+    if (images := e.images("train")) is not None:
+        check_fills_batch(images, e.batch_size)
+    return e, source, out, holds_finished(out, e)
+
+
+def _with_source(
+    e: Experiment, profile: str, changes: Mapping[str, Any], out: Path
+) -> tuple[Experiment, Experiment | None]:
+    """An evaluation as it is made, and what is trained for it, in its `run_folder`.
+
+    None, where somebody named the folder of a run. Raises InvalidValue where that run has other
+    settings than `changes` ask for.
+    """
+    changes = {k: v for k, v in changes.items() if k not in EVALUATION_FIELDS}
+    if e.run_folder:
+        return as_scored(e, read_run(folder_to_score(e, out))[0], changes), None
+    source = replace(at_profile(named(e.evaluates), profile), **changes)
+    e = replace(e, epochs=0, run_folder=str(default_folder(source, profile)))
+    return as_scored(e, source, {}), source
+
+
+def default_folder(experiment: Experiment, profile: str) -> Path:
+    """Where a run is kept if nobody says otherwise."""
+    return Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
+
+
+def _run_one(
+    e: Experiment, source: Experiment | None, out: Path, was_finished: bool, how: dict[str, Any]
+) -> None:
+    from bnnlib.runs.run import run
+
+    if source and not was_finished:
+        told = f"{e.name} evaluates {e.run_folder}; any other: --set run_folder=FOLDER"
+        click.echo(told, err=True)
+        run(source, e.run_folder, **how)
+    result = run(e, out, **how)
+    given = click.get_current_context().get_parameter_source
+    unused = [n for n in (*how, "data") if given(n) not in (None, ParameterSource.DEFAULT)]
+    if was_finished and unused:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        click.echo(f"without effect on a finished run: {options}", err=True)
+    last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
+    click.echo(f"{last}\n{out}")
+
+
+@click.command()
+@folder_option("--out", "Folder of the grid.", default="runs/capacity")
+@DEVICE
+def capacity(out, device) -> None:
+    """Count the bits that small networks memorize.
+
+    A grid that was stopped goes on.
+    """
+    from bnnlib.experiments.build import resolve_device
+    from bnnlib.studies.capacity import TABLE, make_grid, measure_grid
+
+    resolve_device(device)  # a mistake is told before the folder is made
+    rows = measure_grid(make_grid(), out, device)
+    click.echo(f"{len(rows)} runs\n{out / TABLE}")
+
+
+@click.command("svhn-subset")
+@DATA
+@DOWNLOAD
+def svhn_subset(data, download) -> None:
+    """Write the 1,083 real digits of the profile reduced.
+
+    They are taken out of SVHN's training file.
+    """
+    from bnnlib.data import write_svhn_subset
+
+    path, written = write_svhn_subset(data, download)
+    click.echo(path if written else f"{path} is there already, and right")

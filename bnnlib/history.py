@@ -1,0 +1,82 @@
+"""What happened in each epoch of a training: a table with named columns, kept as a CSV file."""
+
+from dataclasses import dataclass, field
+from math import isnan, nan
+from pathlib import Path
+
+from bnnlib.errors import DamagedFile, unknown_name
+from bnnlib.files import Row, read_table, write_table
+
+
+@dataclass
+class History:
+    """What happened in each epoch, one dict a row; a value that a row lacks is NaN.
+
+    Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
+    they were fitted; the other errors are those of the model after the epoch, and NaN in
+    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[float]:
+        """One column, a value for each epoch; an unknown name is an InvalidValue."""
+        if self.rows and column not in self.columns:
+            raise unknown_name("history column", column, self.columns)
+        return [row.get(column, nan) for row in self.rows]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def last(self, column: str) -> float:
+        """The value after the last epoch; NaN where there was none."""
+        return self[column][-1] if self.rows else nan
+
+    @property
+    def chance(self) -> float:
+        """Error of a blind guess among the classes, counted by the columns of their errors.
+
+        A history without such columns is taken to be of ten classes.
+        """
+        names = {name.rpartition("_class_")[2] for name in self.columns if "_error_class_" in name}
+        return 1 - 1 / (len(names) or 10)
+
+    def save(self, path: str | Path, exact: bool = False) -> None:
+        """Write a CSV file with a header, whole or not at all; `exact`: to the last bit."""
+        write_table(path, self.rows, self.columns, exact)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "History":
+        """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
+        rows = read_table(path)
+        for row in rows:
+            epoch = row.get("epoch", nan)  # an int where it is too large for any
+            if isinstance(epoch, int) or not epoch.is_integer():
+                raise DamagedFile(f"{path} is no history: a row has no epoch, a whole number")
+            row["epoch"] = int(epoch)
+        return cls(rows)
+
+
+def differing_columns(one: History, other: History) -> list[str]:
+    """The columns, times aside, that differ in a bit of any row; NaN is equal to NaN."""
+
+    def same(name: str) -> bool:
+        if len(one) != len(other) or not (name in one.columns and name in other.columns):
+            return False
+        pairs = zip(one[name], other[name], strict=True)
+        return all(a == b or (isnan(a) and isnan(b)) for a, b in pairs)
+
+    names = dict.fromkeys((*one.columns, *other.columns))
+    return [name for name in names if name != "seconds" and not same(name)]
+
+
+def describe_row(row: Row) -> str:
+    """One epoch in a few words, without the errors that were not computed."""
+    loss = [f"loss {row['train_loss']:.3f}"] if "train_loss" in row else []
+    errors = [(k, row.get(f"{k}_error", nan)) for k in ("train", "valid", "test")]
+    return "  ".join([*loss, *(f"{k} error {100 * e:.1f} %" for k, e in errors if not isnan(e))])
