@@ -324,8 +324,8 @@ def build_network(
     for setting, usual in USUAL_SETTINGS.items():
         if setting not in taken and settings.get(setting, usual) != usual:
             raise InvalidValue(
-                f"network {name!r} has no setting {setting}, which can only be {usual!r}, got "
-                f"{shown(settings[setting])}; it takes {', '.join(taken) or 'none'}"
+                f"network {name!r} takes no {setting}, so that can only be {usual!r}, got "
+                f"{shown(settings[setting])}; it takes {', '.join(taken) or 'nothing'}"
             )
     model = build(**taken)
     if not isinstance(model, nn.Module):

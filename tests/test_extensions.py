@@ -188,7 +188,7 @@ def test_a_network_gets_what_it_takes_and_what_it_cannot_obey_is_refused():
     NETWORKS["takes some"] = build
     build_model(replace(BASE, network="takes some", width=0.5))
     assert seen == {"classes": 10, "width": 0.5, "generator": torch.Generator}
-    with pytest.raises(InvalidValue, match="network 'takes some' has no setting dropout"):
+    with pytest.raises(InvalidValue, match="network 'takes some' takes no dropout"):
         build_model(replace(BASE, network="takes some", dropout=(0.5,)))
     NETWORKS["no network"] = lambda: "text"
     with pytest.raises(InvalidValue, match=r"must be built as an nn\.Module, got 'text'"):

@@ -74,10 +74,10 @@ class Experiment:
     fields that contradict each other.
     """
 
-    name: Annotated[str, "the folder of its runs"]
+    name: Annotated[str, "the name of its runs' folder"]
     summary: Annotated[str, "one sentence"]
     dataset: Annotated[str, DATASETS, "a data set, or the path of a .npz file"]
-    network: Annotated[str, NETWORKS, "the network"]
+    network: Annotated[str, NETWORKS, "what is trained"]
     epochs: Annotated[int, Range(0, 10**5), "passes over the training images"]
     lr_final: Annotated[float, RATES, "learning rate towards which the schedule falls"]
     script: Annotated[str, "the original's file"] = ""
@@ -89,46 +89,26 @@ class Experiment:
 
     width: Annotated[float, Range(0, 64, above=True), "factor on channels and hidden units"] = 1.0
     binary: Annotated[bool, "false: the full-precision twin"] = True
-    activation: Annotated[str, ACTIVATIONS, "binary_tanh is +1/-1, binary_sigmoid 1/0"] = (
-        "binary_tanh"
-    )
-    weights: Annotated[str, QUANTIZERS, "what layers make of W in training; sign(W) at first"] = (
-        "deterministic"
-    )
-    evaluation_weights: Annotated[
-        str, WEIGHT_MODES, "in evaluation: their own or sign(W), samples, or W itself"
-    ] = "deterministic"
-    evaluation_statistics: Annotated[str, STATISTICS, "of batch normalization in evaluation"] = (
-        "running"
-    )
+    activation: Annotated[str, ACTIVATIONS, "what follows a layer"] = "binary_tanh"
+    weights: Annotated[str, QUANTIZERS, "what is made of W, such as sign(W)"] = "deterministic"
+    evaluation_weights: Annotated[str, WEIGHT_MODES, "the same in evaluation"] = "deterministic"
+    evaluation_statistics: Annotated[str, STATISTICS, "of normalization in evaluation"] = "running"
     evaluation_samples: Annotated[int, Range(1, 10**4), "passes whose scores are averaged"] = 1
     dropout: Annotated[
-        tuple[float, ...], Range(0, 1, below=True), "probabilities, after each dense layer"
+        tuple[float, ...], Range(0, 1, below=True), "drop rates of dense layers"
     ] = ()
-    dropout_position: Annotated[str, DROPOUT_POSITIONS, "where a dense layer is dropped out"] = (
-        "before_norm"
-    )
+    dropout_position: Annotated[str, DROPOUT_POSITIONS, "where dropout is done"] = "before_norm"
     l2: Annotated[float, FACTORS, "coefficient of the penalty on the dense layers"] = 0.0
-    l2_target: Annotated[
-        str, PENALTY_TARGETS, "what the penalty reaches: nothing, as in the original"
-    ] = "nothing"
+    l2_target: Annotated[str, PENALTY_TARGETS, "what it reaches; originally nothing"] = "nothing"
 
     random_labels: Annotated[float, Range(0, 1), "share of the labels drawn anew"] = 0.0
     random_label_splits: Annotated[tuple[str, ...], SPLITS, "where labels are drawn anew"] = SPLITS
-    gaussian_variance: Annotated[
-        float, FACTORS, "of noise that replaces the images; 0 keeps them"
-    ] = 0.0
+    gaussian_variance: Annotated[float, FACTORS, "of noise in place of images; 0: images"] = 0.0
     gaussian_splits: Annotated[tuple[str, ...], SPLITS, "where noise replaces them"] = ("train",)
-    gaussian_matched: Annotated[bool, "true: the noise has the images' own mean and variance"] = (
-        False
-    )
-    pixels: Annotated[str, PIXEL_ORDERS, "shuffled: all images alike, random: each its own way"] = (
-        "kept"
-    )
+    gaussian_matched: Annotated[bool, "true: with the images' own mean and variance"] = False
+    pixels: Annotated[str, PIXEL_ORDERS, "shuffled: all alike; random: each its own way"] = "kept"
 
-    n_train: Annotated[
-        int | None, Range(1, 10**8), "training images, the first ones; none: all"
-    ] = None
+    n_train: Annotated[int | None, Range(1, 10**8), "first training images; none: all"] = None
     n_valid: Annotated[int | None, IMAGES, "validation images; 0: no validation"] = None
     n_test: Annotated[int | None, IMAGES, "test images; 0: no test"] = None
     evaluate_every: Annotated[int, Range(1, 10**6), "epochs between two evaluations"] = 1
@@ -140,9 +120,7 @@ class Experiment:
     original_seed: Annotated[int | None, SEEDS, "NumPy's, in the original's script"] = None
 
     evaluates: Annotated[str, "the experiment whose run is scored; nothing: this one trains"] = ""
-    evaluation_rows: Annotated[
-        int | None, Range(1, 10**8), "first training images that are scored; none: all"
-    ] = None
+    evaluation_rows: Annotated[int | None, Range(1, 10**8), "first rows scored; none: all"] = None
     run_folder: Annotated[str, "the run that is scored"] = ""
 
     def __new__(cls, *values, **named):
