@@ -62,7 +62,7 @@ def shuffled_pixels(data: ImageSet, *, seed: int) -> ImageSet:
 
     With one seed, train and test are shuffled alike. Source: Zhang et al. 2017, section 2.
     """
-    flat = data.images.flatten(2)  # (N, 3, H*W)
+    flat = data.images.flatten(2)  # (N, C, H*W)
     order = _generator(seed).permutation(flat.shape[2])
     images = flat[:, :, order].reshape(data.images.shape)
     return _noted(replace(data, images=images), f"shuffled pixels: seed {seed}")
@@ -73,7 +73,7 @@ def random_pixels(data: ImageSet, *, seed: int) -> ImageSet:
 
     Source: Zhang et al. 2017, section 2.
     """
-    flat = data.images.flatten(2)  # (N, 3, H*W)
+    flat = data.images.flatten(2)  # (N, C, H*W)
     n, _, positions = flat.shape
     orders = np.tile(np.arange(positions), (n, 1))
     orders = _generator(seed).permuted(orders, axis=1)  # each row its own order

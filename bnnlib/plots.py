@@ -63,7 +63,8 @@ def show_images(
     """
     count = rows * columns
     shown = data.first(count)
-    pixels = (scale_pixels(shown.images).clamp(-1, 1) + 1) / 2  # (N, 3, H, W) in [0, 1]
+    pixels = (scale_pixels(shown.images).clamp(-1, 1) + 1) / 2  # (N, C, H, W) in [0, 1]
+    pixels = pixels.expand(-1, 3, -1, -1)  # grey is three times the same
     height, width = pixels.shape[2:]
     gap_y, gap_x = (11 if names else 2), 2
     sheet = np.zeros((rows * (height + gap_y), columns * (width + gap_x), 4))

@@ -82,7 +82,7 @@ def critical_sample_ratio(
     A search without gradients, because those of a sign are surrogates: each step moves all
     pixels of an image by +-radius/2 at random, inside the box, and is kept where the score of
     the predicted class loses ground against the best other one. A lower bound of the ratio.
-    In: x (N, 3, H, W) scaled, `radius` on the same scale, `generator` on the device of x.
+    In: x (N, C, H, W) scaled, `radius` on the same scale, `generator` on the device of x.
     Source: Arpit et al. 2017, section 4.2, who search with noisy gradients.
     """
     with evaluating(model, "deterministic"):  # else other samples would count as other classes

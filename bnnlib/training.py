@@ -256,8 +256,8 @@ def first_not_finite(model: nn.Module, x: Tensor) -> str | None:
     """
     found = [] if x.isfinite().all() else ["the input"]
 
-    def look(name: str, output: Tensor) -> None:
-        if not output.isfinite().all():
+    def look(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
             found.append(f"layer {name}")
 
     leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]

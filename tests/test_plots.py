@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from bnnlib import plots
 from bnnlib.corruption import gaussian_inputs
+from bnnlib.data import ImageSet
 from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
 from bnnlib.history import History
@@ -131,6 +132,16 @@ def test_names_of_the_classes_stand_beneath_their_images(ax, noise):
     data = noise(n=12, classes=("ship", "frog"))
     plots.show_images(data, ax, columns=4, rows=3)
     assert [text.get_text() for text in ax.texts] == [data.class_names[y] for y in data.labels]
+
+
+def test_grey_images_are_shown_in_grey(ax, noise):
+    data = noise(2)
+    grey = ImageSet(data.images[:, :1], data.labels)
+    plots.show_images(grey, ax, columns=2)
+    sheet = ax.images[0].get_array()
+    np.testing.assert_allclose(sheet[:8, :8, 0] * 255, data.images[0, 0], atol=1e-4)
+    for channel in (1, 2):
+        np.testing.assert_array_equal(sheet[..., channel], sheet[..., 0])
 
 
 def test_unclipped_noise_can_be_shown_and_no_more_images_than_there_are(ax, noise):

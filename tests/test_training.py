@@ -243,6 +243,24 @@ def test_the_first_layer_that_is_not_finite_is_found_behind_a_sign(start):
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
+def test_a_layer_of_several_outputs_is_passed_over():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.dense = Twice(), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.dense(self.twice(x)[0])
+
+    model = Network()
+    nn.init.constant_(model.dense.bias, nan)
+    assert training.first_not_finite(model, torch.zeros(1, 2)) == "layer dense"
+
+
 def test_the_step_at_which_a_loss_becomes_infinite_is_named(fitted):
     penalties = iter([0.0, 0.0, 0.0, 0.0, inf])
     with pytest.raises(NotFinite, match="became inf at step 2 of epoch 2; a smaller"):
