@@ -71,18 +71,14 @@ class BinaryLayer(nn.Module):
 
     def used_quantizer(self) -> tuple[Quantizer, bool]:
         """What this call computes with, and whether it draws."""
-        if self.mode is None or (self.mode == "deterministic" and self.is_deterministic):
+        own = self.quantizer not in (binarize_stochastic, real)
+        if self.mode is None or (self.mode == "deterministic" and own):
             return self.quantizer, self.draws
         return {
             "deterministic": (binarize, False),
             "stochastic": (binarize_stochastic, True),
             "real": (real, False),
         }[self.mode]
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether the quantizer makes a weight that is not W, always the same one."""
-        return not self.draws and self.quantizer is not real
 
     def effective_weight(self) -> Tensor:
         """The weight of this call: same shape as the latent weight, differentiable."""
@@ -328,8 +324,8 @@ def evaluating(
 ) -> Iterator[nn.Module]:
     """Inside the `with` block `model` is in evaluation mode; afterwards it is as it was before.
 
-    - `weights`: what binary layers compute with. None: as in training; "deterministic": what
-      their quantizer makes of W, and sign(W) where that one draws or leaves W as it is;
+    - `weights`: what binary layers compute with. None: as in training; "deterministic": sign(W)
+      in place of samples of it and of W itself, and what any other quantizer makes of W;
       "stochastic": samples of +1/-1; "real": W itself.
     - `statistics`: what batch normalization uses, the "running" averages or those of the
       evaluated "batch". Neither changes the averages.

@@ -159,6 +159,17 @@ class TestBinaryLayers:
             own = drawn if quantizer is binarize_stochastic else quantizer(latent)
             torch.testing.assert_close(layer(x), with_weight(layer, own, x))
 
+    def test_an_own_quantizer_that_draws_is_evaluated_as_it_trains(self, make):
+        def noisy(weight, generator):
+            return weight + torch.rand(weight.shape, generator=generator)
+
+        layer = make(noisy)
+        x, latent = batch_for(layer), layer.weight.detach()
+        for mode in ("deterministic", None):
+            with evaluating(layer, mode, seed=4):
+                found = layer(x)
+            torch.testing.assert_close(found, with_weight(layer, noisy(latent, seeded(4)), x))
+
     @pytest.mark.parametrize(
         ("quantizer", "precision"),
         [
