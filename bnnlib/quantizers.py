@@ -7,6 +7,8 @@ Hubara et al., "Binarized Neural Networks", NeurIPS 2016 (arXiv:1602.02830), as 
 `binary_net_random_labels.py` of the original.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,20 @@ from bnnlib.errors import InvalidValue
 
 
 def sign(x: Tensor) -> Tensor:
-    """+1 where x >= 0, else -1; never 0, and -0.0 counts as 0. NaN becomes +1. No gradient."""
-    return _Sign.apply(x.detach())
+    """+1 where x >= 0, else -1; never 0, and -0.0 counts as 0. NaN becomes +1. No gradient.
+
+    1 - 2 [x < 0], with the comparison written as numbers: masks of type bool and `torch.where`
+    take many times as long on a CPU.
+    """
+    x = x.detach()
+    if torch.compiler.is_compiling():  # which takes no `out` in channels_last
+        return 1 - 2 * (x < 0).to(x.dtype)
+    negative = torch.empty_like(x)
+    try:
+        torch.lt(x, 0, out=negative)
+    except RuntimeError:  # nor does `torch.func.vmap`
+        return 1 - 2 * (x < 0).to(x.dtype)
+    return torch.sub(torch.ones((), dtype=x.dtype), negative, alpha=2, out=negative)
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -35,18 +49,27 @@ def _inside(grad: Tensor, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- values with another slope
 
 
+# Where PyTorch no longer tells, its own `apply` is right as well.
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def call(function: type[torch.autograd.Function], *inputs: object) -> Any:
+    """`function.apply(*inputs)`, of one that `torch.func` can transform.
+
+    PyTorch reads the signature of its `forward` at every call, for arguments that we never leave
+    out; that takes longer than a small product. Here it does where it has to.
+    """
+    if torch.compiler.is_compiling() or _transformed():
+        return function.apply(*inputs)
+    return super(torch.autograd.Function, function).apply(*inputs)
+
+
 class _Sign(torch.autograd.Function):
     """sign(x), whose gradient passes as it is."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which takes no `out` in channels_last
-            return 1 - 2 * (x < 0).to(x.dtype)
-        # The same with the comparison written as numbers: masks of type bool and `torch.where`
-        # take many times as long on a CPU.
-        negative = torch.empty_like(x, requires_grad=False)
-        torch.lt(x, 0, out=negative)
-        return torch.sub(torch.ones((), dtype=x.dtype), negative, alpha=2, out=negative)
+        return sign(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -93,7 +116,7 @@ def binary_tanh(x: Tensor) -> Tensor:
     Forward: y = +1 if x >= 0 else -1. Backward: dL/dx = dL/dy if |x| <= 1 else 0.
     Source: Hubara et al. 2016, eqs. (1) and (4); `binary_tanh_unit` of the original.
     """
-    return _ClippedSign.apply(x)
+    return call(_ClippedSign, x)
 
 
 def binary_sigmoid(x: Tensor) -> Tensor:
@@ -102,7 +125,7 @@ def binary_sigmoid(x: Tensor) -> Tensor:
     Forward: y = 1 if x >= 0 else 0. Backward: dL/dx = dL/dy / 2 if |x| <= 1 else 0,
     the slope of `hard_sigmoid`. Source: `binary_sigmoid_unit` of the original.
     """
-    return _ClippedStep.apply(x)
+    return call(_ClippedStep, x)
 
 
 def approx_sign(x: Tensor) -> Tensor:
@@ -112,7 +135,7 @@ def approx_sign(x: Tensor) -> Tensor:
     x (2 - |x|), which lies closer to the sign than the line of `binary_tanh` does.
     Source: Liu et al., "Bi-Real Net", ECCV 2018 (arXiv:1808.00278), its ApproxSign.
     """
-    return _ApproxSign.apply(x)
+    return call(_ApproxSign, x)
 
 
 def approx_step(x: Tensor) -> Tensor:
@@ -126,7 +149,7 @@ def binarize(weight: Tensor) -> Tensor:
     Forward: Wb = +1 if W >= 0 else -1. Backward: dL/dW = dL/dWb, with no mask, because
     the optimizer keeps |W| <= 1. Source: Hubara et al. 2016, eq. (1).
     """
-    return _Sign.apply(weight)
+    return call(_Sign, weight)
 
 
 def scaled_sign(weight: Tensor) -> Tensor:
@@ -153,7 +176,7 @@ class _SampledSign(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, uniform: Tensor) -> Tensor:
-        return _Sign.apply(hard_sigmoid(weight) - uniform)
+        return sign(hard_sigmoid(weight) - uniform)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -175,7 +198,7 @@ def binarize_stochastic(weight: Tensor, generator: torch.Generator | None = None
     """
     # torch.rand is in [0, 1): W = -1 would draw +1 at u = 0. 1 - u is in (0, 1], and then
     # p >= 1 - u happens with probability p exactly: never at p = 0, always at p = 1.
-    return _SampledSign.apply(weight, 1 - uniform_like(weight, generator, weight.dtype))
+    return call(_SampledSign, weight, 1 - uniform_like(weight, generator, weight.dtype))
 
 
 def uniform_like(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnnlib.errors import InvalidValue
-from bnnlib.quantizers import binarize
+from bnnlib.quantizers import binarize, call, sign
 
 
 class Geometry(NamedTuple):
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precisio
     are not kept in between. `torch.autocast` is followed as `F.linear` follows it.
     """
     flat = x.reshape(-1, x.shape[-1])  # the gradients are products of matrices
-    product, _ = _Linear.apply(*_as_autocast(flat, weight, bias, signs, precision))
+    product, _ = call(_Linear, *_as_autocast(flat, weight, bias, signs, precision))
     return product.reshape(*x.shape[:-1], len(weight))
 
 
@@ -47,7 +47,7 @@ def conv2d(
     """`F.conv2d`, ([B,] in, H, W) -> ([B,] out, H', W'); the rest as in `linear`."""
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, signs, precision, geometry).squeeze(0)
-    return _Convolution.apply(*_as_autocast(x, weight, bias, signs, precision), geometry)[0]
+    return call(_Convolution, *_as_autocast(x, weight, bias, signs, precision), geometry)[0]
 
 
 def _as_autocast(
@@ -80,7 +80,7 @@ class _Product(torch.autograd.Function):
 class _Convolution(_Product):
     @staticmethod
     def forward(x, weight, bias, signs: bool, precision: str, geometry: Geometry):
-        weight, form = binarize(weight) if signs else weight, geometry._asdict()
+        weight, form = sign(weight) if signs else weight, geometry._asdict()
         if precision == "half":
             x = x.half()
             y = F.conv2d(x, weight.half(), **form)
@@ -117,7 +117,7 @@ class _Convolution(_Product):
 class _Linear(_Product):
     @staticmethod
     def forward(x, weight, bias, signs: bool, precision: str):
-        weight = binarize(weight) if signs else weight
+        weight = sign(weight) if signs else weight
         if precision == "half":
             x = x.half()
             y = F.linear(x, weight.half())
@@ -138,11 +138,11 @@ class _Linear(_Product):
 def _factors(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What a backward pass multiplies: the gradient, the inputs and the weight, or its signs.
 
-    Signs are taken by `binarize`, so that second derivatives go straight through them as well.
+    For second derivatives signs are taken by `binarize`, to go straight through them as well.
     """
     x, weight = ctx.saved_tensors
     if ctx.signs:
-        weight = binarize(weight)
+        weight = binarize(weight) if torch.is_grad_enabled() else sign(weight)
     if ctx.precision == "float32":
         return grad, x, weight
     if torch.is_grad_enabled():  # x was rounded where nobody saw it
