@@ -16,7 +16,7 @@ from bnnlib.errors import InvalidValue, NotFinite, check_name
 from bnnlib.files import Row
 from bnnlib.history import History, describe_row
 from bnnlib.kernels.graphs import GraphedStep
-from bnnlib.layers import binary_layers, evaluating, random_generator
+from bnnlib.layers import Activation, binary_layers, evaluating, random_generator
 from bnnlib.losses import Loss, mistakes, squared_hinge_loss
 from bnnlib.names import SCHEDULES
 from bnnlib.optim import BinaryAdam, clip_latent_weights, set_rate
@@ -237,8 +237,9 @@ def _can_be_captured(state: TrainingState, loss: Loss) -> bool:
 
     Other optimizers count there, and the code of others may look at a number.
     """
-    parts = [loss, *(type(module) for module in state.model.modules())]
-    parts += [layer.quantizer for layer in binary_layers(state.model)]
+    modules = list(state.model.modules())
+    parts = [loss, *map(type, modules), *(layer.quantizer for layer in binary_layers(state.model))]
+    parts += [module.function for module in modules if isinstance(module, Activation)]
     ours = all(getattr(p, "__module__", "").split(".")[0] in ("bnnlib", "torch") for p in parts)
     return ours and type(state.optimizer) is BinaryAdam
 

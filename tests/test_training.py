@@ -15,7 +15,7 @@ from bnnlib.history import History, describe_row
 from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet
-from bnnlib.optim import BinaryAdam, parameter_groups
+from bnnlib.optim import BinaryAdam, make_optimizer, parameter_groups
 from bnnlib.training import EvaluationMode, Step, TrainingState, evaluate, fit, train_epoch
 
 
@@ -241,6 +241,29 @@ def test_the_first_layer_that_is_not_finite_is_found_behind_a_sign(start):
     x[0, 0, 0, 0] = nan
     assert training.first_not_finite(model, x) == "the input"
     assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_only_steps_of_known_parts_become_a_graph(tiny, generator):
+    def captured(change=lambda model: None, loss=squared_hinge_loss, name="binary_adam"):
+        model = binarynet(tiny, generator=generator, activation="approx_sign")
+        change(model)
+        state = TrainingState(model, make_optimizer(name, model, 0.1), generator)
+        return training._can_be_captured(state, loss)
+
+    def own(x):
+        return x
+
+    class Own(nn.Identity):
+        pass
+
+    assert captured()
+    assert captured(loss=nn.functional.cross_entropy)
+    assert not captured(loss=own)
+    assert not captured(name="bop")
+    assert not captured(name="SGD")
+    assert not captured(lambda model: setattr(model.act1, "function", own))
+    assert not captured(lambda model: setattr(model.conv1, "quantizer", own))
+    assert not captured(lambda model: setattr(model, "norm1", Own()))
 
 
 def test_a_layer_of_several_outputs_is_passed_over():
