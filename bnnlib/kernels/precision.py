@@ -16,6 +16,7 @@ from bnnlib.errors import check_name
 from bnnlib.names import PRECISIONS
 
 EVERY_INTEGER = 2048  # up to here, in fp16
+MARK = 0.7109375  # a factor that no network has, and exact in every format
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -43,19 +44,23 @@ def set_precision(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def fed_with_signs(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
-    """The binary layers whose inputs have two values only, by name, with those, in order.
+    """The binary layers fed by an activation of two values, by name, with those values, in order.
 
-    Two values are taken for signs where an activation of the model has them as its `values`. What
-    has a `precision` is a binary layer. A copy of the model is trained on `x` to see its inputs.
+    An activation says which in its attribute `values`; what has a `precision` is a binary layer. A
+    copy of the model is trained on `x`, whose activations are marked by an unusual factor: a layer
+    that sees both values times the factor is fed by one of them, maybe through a pool, and no
+    function that only happens to give +1 and -1 is taken for one.
     """
     model, found = copy.deepcopy(model).train(), {}
-    known = {module.values for module in model.modules() if hasattr(module, "values")}
+    marked = {m: m.values for m in model.modules() if hasattr(m, "values")}
 
     def look(name: str, x: Tensor) -> None:
-        for low, high in known:
-            if ((x == low) | (x == high)).all():
+        for low, high in set(marked.values()):
+            if ((x == low * MARK) | (x == high * MARK)).all():
                 found[name] = low, high
 
+    for module in marked:
+        module.register_forward_hook(lambda _, inputs, output: output * MARK)
     for name, module in model.named_modules():
         if hasattr(module, "precision"):
             module.register_forward_pre_hook(lambda _, inputs, n=name: look(n, inputs[0]))
