@@ -343,6 +343,8 @@ def penalized_parameters(model: nn.Module, target: str) -> list[nn.Parameter]:
       Lasagne finds parameters to penalize (`binary_net_random_labels.py:115,163`).
     - "weights": the latent weights of the dense layers, or the weights of the twin.
     - "gamma": the scales of the batch normalizations that follow dense layers.
+
+    Raises InvalidValue for another target, and for one of which the network has none.
     """
     check_name("l2_target", target, PENALTY_TARGETS)
     dense, norms, last = [], [], None
@@ -355,7 +357,10 @@ def penalized_parameters(model: nn.Module, target: str) -> list[nn.Parameter]:
             norms.append(module.weight)
         if any(True for _ in module.parameters(recurse=False)):
             last = module
-    return {"nothing": [], "weights": dense, "gamma": norms}[target]
+    found = {"nothing": [], "weights": dense, "gamma": norms}[target]
+    if not found and target != "nothing":
+        raise InvalidValue(f"this network has no {target} of dense layers to penalize")
+    return found
 
 
 @dataclass(frozen=True)

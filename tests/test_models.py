@@ -80,6 +80,16 @@ def test_an_unknown_target_of_a_penalty_is_refused():
         penalized_parameters(nn.Sequential(), "weight")
 
 
+def test_a_penalty_finds_dense_layers_in_any_network_and_never_reaches_nothing_unasked():
+    model = binary_resnet18(generator=seeded(), width=1 / 16)
+    assert penalized_parameters(model, "weights") == [model.dense.weight]
+    with pytest.raises(InvalidValue, match="this network has no gamma of dense layers to penalize"):
+        penalized_parameters(model, "gamma")
+    one = nn.ModuleDict({"in": nn.Linear(2, 3), "norm": nn.BatchNorm1d(3), "out": nn.Linear(3, 1)})
+    assert penalized_parameters(one, "weights") == [one["in"].weight, one["out"].weight]
+    assert penalized_parameters(one, "gamma") == [one["norm"].weight]
+
+
 def test_the_dense_network_has_17024_binary_weights_and_takes_8_x_8_images():
     model = binarynet("dense", generator=seeded())
     assert count_parameters(model).binary == 17_024

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bnnlib.batches import Batches
 from bnnlib.data import ImageSet
@@ -132,6 +133,7 @@ class Trial:
     sets: dict[str, ImageSet]
     batches: dict[str, Batches]  # of the same splits, on the device
     state: TrainingState
+    penalized: list[Tensor]  # what the L2 penalty reaches
     record: dict[str, Any]
 
 
@@ -147,7 +149,8 @@ def _build_trial(
     state = TrainingState(model, make_optimizer(e.optimizer, model, e.lr_start), order)
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
     _recorder(e, sets["train"]).begin(state)
-    return Trial(e, sets, batches, state, make_record(e, sets, device, precision))
+    penalized = penalized_parameters(model, e.l2_target)
+    return Trial(e, sets, batches, state, penalized, make_record(e, sets, device, precision))
 
 
 def _recorder(e: Experiment, train: ImageSet) -> Recorder:
@@ -190,7 +193,6 @@ def _train(
     e, state = trial.experiment, trial.state
     _announce(e, trial.record, counted(e.epochs, "epoch"), folder, style)
     keep_freed_memory()
-    penalized = penalized_parameters(state.model, e.l2_target)
     history = fit(
         state,
         **trial.batches,
@@ -203,7 +205,7 @@ def _train(
             e.evaluation_samples,
             derive_seed(e.seed, "evaluation"),
         ),
-        penalty=(lambda: e.l2 * l2_penalty(penalized)) if e.l2 else None,
+        penalty=(lambda: e.l2 * l2_penalty(trial.penalized)) if e.l2 else None,
         measure=_recorder(e, trial.sets["train"]),
         progress=style,
         after_step=after_step,

@@ -203,6 +203,12 @@ def test_what_run_cannot_take_is_named_before_any_work(arguments, text, monkeypa
         ({"dataset": "cifar10", "n_train": 50}, DataNotFound, "is not in"),
         ({"n_train": 20}, InvalidValue, "20 images do not fill one batch of 50; use a batch_size"),
         ({"dataset": "wide.npz"}, InvalidValue, "must be square, those of wide are 6 x 8"),
+        ({"binary": False, "optimizer": "bop"}, InvalidValue, "Bop needs binary weights"),
+        (
+            {"network": "binary_resnet18", "l2": 1.0, "l2_target": "gamma"},
+            InvalidValue,
+            "no gamma of dense layers to penalize",
+        ),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_folder_behind(changes, error, text, tmp_path):
