@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.kills import EXPERIMENT, kill_until_done, live
 from benchmarks.mutations import count_all_outcomes, mutations
-from bnnlib.data import load_npz
+from bnnlib.data.images import load_npz
 from bnnlib.errors import BnnlibError, CannotWrite, NotFinite
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.profiles import smoke

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bnnlib.data import ImageSet
+from bnnlib.data.images import ImageSet
 from bnnlib.models import ARCHITECTURES
 
 LEARNING_RATE = 1e-3

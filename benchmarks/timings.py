@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bnnlib.batches import Batches
-from bnnlib.data import load
+from bnnlib.data.images import load
 from bnnlib.errors import DamagedFile
 from bnnlib.experiments.build import build_model
 from bnnlib.experiments.experiment import Experiment

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnnlib.data import ImageSet
-from bnnlib.data.images import scale_pixels
+from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue, check_fills_batch, check_whole
 
 

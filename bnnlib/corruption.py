@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bnnlib.data import ImageSet
+from bnnlib.data.images import ImageSet
 from bnnlib.errors import InvalidValue, check_whole
 
 

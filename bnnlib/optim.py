@@ -203,10 +203,14 @@ class Bop(BinaryAdam):
 
     def moments(self, p: Tensor) -> dict[str, Tensor]:
         """The running average m of a binary weight's gradient; of others as in `BinaryAdam`."""
-        state, groups = self.state[p], [g for g in self.param_groups if g["clip"] is not None]
-        if not state and any(p is binary for group in groups for binary in group["params"]):
+        state = self.state[p]
+        if not state and self._is_binary(p):
             state["exp_avg"] = torch.zeros_like(p)
         return state or super().moments(p)
+
+    def _is_binary(self, p: Tensor) -> bool:
+        groups = (group for group in self.param_groups if group["clip"] is not None)
+        return any(p is binary for group in groups for binary in group["params"])
 
 
 # ------------------------------------------------------------------------ optimizers by name

@@ -12,8 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from bnnlib.data import ImageSet
-from bnnlib.data.images import scale_pixels
+from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue
 from bnnlib.history import History
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnlib.batches import Batches
-from bnnlib.data import ImageSet
-from bnnlib.data.images import scale_pixels
+from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import check_name
 from bnnlib.history import History
 from bnnlib.layers import binary_layers, evaluating

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnnlib.data import ImageSet
+from bnnlib.data.images import ImageSet
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
 from bnnlib.experiments.variants import named

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import ImageSet
-from bnnlib.data.images import scale_pixels
+from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue
 
 ALL = [random_labels, gaussian_inputs, shuffled_pixels, random_pixels]

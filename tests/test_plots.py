@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from bnnlib import plots
 from bnnlib.corruption import gaussian_inputs
-from bnnlib.data import ImageSet
-from bnnlib.data.images import scale_pixels
+from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue
 from bnnlib.history import History
 from bnnlib.quantizers import binary_sigmoid, binary_tanh

@@ -264,7 +264,7 @@ def svhn_subset(data, download) -> None:
 
     They are taken out of SVHN's training file.
     """
-    from bnnlib.data import write_svhn_subset
+    from bnnlib.data.published import write_svhn_subset
 
     path, written = write_svhn_subset(data, download)
     click.echo(path if written else f"{path} is there already, and right")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import ImageSet, load
+from bnnlib.data.images import ImageSet, load
 from bnnlib.errors import InvalidValue, shown
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.kernels.precision import set_precision

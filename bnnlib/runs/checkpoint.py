@@ -116,6 +116,10 @@ class Checkpoints:
 # ------------------------------------------------------------------------- a state as a file
 
 
+def _device(state: TrainingState) -> torch.device:
+    return next(state.model.parameters()).device
+
+
 def _tensors(state: TrainingState) -> dict[str, Tensor]:
     """The tensors of a state, by name."""
     begun, sampling = state.epoch_start, random_generator(state.model)
@@ -138,7 +142,7 @@ def _tensors(state: TrainingState) -> dict[str, Tensor]:
 
 def pytorchs_own(state: TrainingState) -> dict[str, torch.Generator]:
     """PyTorch's own generators, from which layers of `torch.nn` draw."""
-    device = next(state.model.parameters()).device
+    device = _device(state)
     own = {"torch": torch.default_generator}
     if device.type == "cuda":
         own["cuda"] = torch.cuda.default_generators[device.index or 0]
@@ -176,7 +180,7 @@ def _describe(state: TrainingState, digest: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "experiment_sha256": digest,
-        "device": next(state.model.parameters()).device.type,
+        "device": _device(state).type,
         "epochs": len(state.history),
         "steps": state.done,  # of the epoch under way
         "seconds": time.perf_counter() - state.started,
@@ -193,7 +197,7 @@ def restore(state: TrainingState, path: Path, digest: str) -> None:
     check_format(path, about.get("format"), FORMAT)
     if about.get("experiment_sha256") != digest:
         raise DamagedFile(f"{path} is the state of another experiment; remove it")
-    device = next(state.model.parameters()).device.type
+    device = _device(state).type
     if about.get("device") != device and random_generator(state.model) is not None:
         raise InvalidValue(
             f"{path} was saved on {shown(about.get('device'))}; its random numbers go on only "
@@ -246,10 +250,6 @@ def _take_over(state: TrainingState, tensors: dict[str, Tensor], about: dict[str
     state.losses = tensors.get("epoch.losses", state.losses)
     state.wrong = tensors.get("epoch.wrong", state.wrong)
     state.signs = {k: v.to(device) for k, v in part("signs.").items()}
-
-
-def _device(state: TrainingState) -> torch.device:
-    return next(state.model.parameters()).device
 
 
 def _load_optimizer(state: TrainingState, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bnnlib.batches import Batches
-from bnnlib.data import ImageSet
+from bnnlib.data.images import ImageSet
 from bnnlib.errors import InvalidValue
 from bnnlib.experiments.build import build_model, prepare_data
 from bnnlib.runs.result import Run, inputs_of_run, parameter_hash

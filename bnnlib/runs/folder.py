@@ -146,13 +146,16 @@ def _load_model(path: Path, e: Experiment, inputs: Inputs) -> nn.Module:
     if e.network in NETWORKS.shipped:
         with torch.device("meta"):  # shapes alone, before memory is taken for one of any size
             outline = build_network(e.network, inputs, torch.Generator(), **network_settings(e))
-        if wrong := differing(state, outline.state_dict()):
-            raise DamagedFile(f"{path} does not fit the network: it differs in {shown(wrong)}")
+        _check_fits(path, state, outline)
     model = build_model(e, inputs=inputs)
-    if wrong := differing(state, model.state_dict()):
-        raise DamagedFile(f"{path} does not fit the network: it differs in {shown(wrong)}")
+    _check_fits(path, state, model)
     model.load_state_dict(state)
     return model
+
+
+def _check_fits(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> None:
+    if wrong := differing(state, model.state_dict()):
+        raise DamagedFile(f"{path} does not fit the network: it differs in {shown(wrong)}")
 
 
 def _load_labels(path: Path, record: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bnnlib
-from bnnlib.data import ImageSet
+from bnnlib.data.images import ImageSet
 from bnnlib.experiments.build import inputs_of
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.profiles import PROFILES, at_profile

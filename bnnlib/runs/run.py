@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnnlib.batches import Batches
-from bnnlib.data import ImageSet
+from bnnlib.data.images import ImageSet
 from bnnlib.errors import Interrupted, InvalidValue, check_fills_batch, shown
 from bnnlib.experiments.build import (
     build_model,

@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
-from bnnlib.data import ImageSet, images, load, write_svhn_subset
-from bnnlib.data.images import CIFAR10_CLASSES, SVHN_CLASSES, scale_pixels
+from bnnlib.data import images
+from bnnlib.data.images import CIFAR10_CLASSES, SVHN_CLASSES, ImageSet, load, scale_pixels
+from bnnlib.data.published import write_svhn_subset
 from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.names import SIZES, SVHN_SUBSET
 

@@ -7,7 +7,8 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 
-from bnnlib.data import load_npz, read_npz
+from bnnlib.data.images import load_npz
+from bnnlib.data.npz import read_npz
 from bnnlib.errors import BnnlibError, DamagedFile, DataNotFound, InvalidValue
 
 IMAGES = np.arange(5 * 3 * 2 * 2, dtype=np.uint8).reshape(5, 3, 2, 2)

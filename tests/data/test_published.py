@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from bnnlib.data import load, published, read_npz, write_svhn_subset
-from bnnlib.data.published import RETRIES, fetch, import_torchvision_datasets
+from bnnlib.data import published
+from bnnlib.data.images import load
+from bnnlib.data.npz import read_npz
+from bnnlib.data.published import RETRIES, fetch, import_torchvision_datasets, write_svhn_subset
 from bnnlib.errors import CannotWrite, DamagedFile, DataNotFound, DownloadFailed, FolderInUse
 from bnnlib.files import locked
 from bnnlib.names import SVHN_SUBSET

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bnnlib.corruption import random_labels
-from bnnlib.data import ImageSet
-from bnnlib.data.images import scale_pixels
+from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue
 from bnnlib.experiments.build import (
     build_model,
