@@ -19,6 +19,7 @@ $(INSTALLED): requirements.txt pyproject.toml book/kernel.py
 	$(VENV)/bin/pip install --quiet --no-deps --editable . \
 	    --config-settings editable_mode=compat
 	$(VENV)/bin/python book/kernel.py
+	$(VENV)/bin/python -m bnnlib.kernels.compiled
 	@touch $@
 
 book: env ## execute the chapters and render them to _build/html/index.html

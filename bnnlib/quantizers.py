@@ -53,13 +53,18 @@ def _inside(grad: Tensor, x: Tensor) -> Tensor:
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
+def traced() -> bool:
+    """Whether PyTorch compiles or transforms what is called now, and does not simply do it."""
+    return torch.compiler.is_compiling() or _transformed()
+
+
 def call(function: type[torch.autograd.Function], *inputs: object) -> Any:
     """`function.apply(*inputs)`, of one that `torch.func` can transform.
 
     PyTorch reads the signature of its `forward` at every call, for arguments that we never leave
     out; that takes longer than a small product. Here it does where it has to.
     """
-    if torch.compiler.is_compiling() or _transformed():
+    if traced():
         return function.apply(*inputs)
     return super(torch.autograd.Function, function).apply(*inputs)
 

@@ -12,6 +12,7 @@ from bnnlib.data.images import ImageSet
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
 from bnnlib.experiments.variants import named
+from bnnlib.kernels import bits, compiled
 from bnnlib.models import Architecture
 from bnnlib.runs.run import run
 
@@ -27,6 +28,16 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Takes the compiled kernels of this instruction set from now on, or none for "off"."""
+
+    def choose(name):
+        monkeypatch.setattr(bits, "library", lambda: compiled.library(name))
+
+    return choose
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ whose import takes seconds: a command imports what needs it when it begins to wo
 import click
 
 import bnnlib
-from bnnlib.cli.looking import compare, evaluate, plot, show
+from bnnlib.cli.looking import compare, evaluate, export, pack, plot, show
 from bnnlib.cli.running import (
     capacity,
     describe,
@@ -20,7 +20,7 @@ from bnnlib.cli.shell import Group
 
 COMMANDS = (
     *(list_experiments, names, describe, run_experiment, show, compare, plot, evaluate),
-    *(capacity, svhn_subset),
+    *(pack, export, capacity, svhn_subset),
 )
 
 

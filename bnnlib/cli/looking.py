@@ -173,8 +173,23 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 # --------------------------------------------------------------------------- figures and scores
 
 
+def _out(default: str, help: str):
+    """The option --out of a command that writes a new file."""
+    return click.option(
+        "--out",
+        default=default,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=help,
+    )
+
+
 def _check_picture(path: Path) -> None:
     check_name("ending of --out", path.suffix, PICTURES)
+    _check_new(path)
+
+
+def _check_new(path: Path) -> None:
     if os.path.lexists(path):
         raise InvalidValue(f"{path} is there already; name another file with --out")
     if not path.parent.is_dir():
@@ -183,13 +198,7 @@ def _check_picture(path: Path) -> None:
 
 @click.command()
 @run_folder("folders", nargs=-1, required=True, metavar="RUN...")
-@click.option(
-    "--out",
-    default="errors.png",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help=f"A new file: {', '.join(PICTURES)}.",
-)
+@_out("errors.png", f"A new file: {', '.join(PICTURES)}.")
 @USE
 def plot(folders: tuple[Path, ...], out: Path) -> None:
     """Draw the training and test errors of runs.
@@ -233,27 +242,88 @@ def _drawn(histories: dict[str, History], kind: str) -> bytes:
     show_default="all",
     help="How many of the training images are scored, the first ones.",
 )
+@click.option("--packed", is_flag=True, help="Score with the packed network, on the CPU.")
 @DEVICE
 @DATA
 @DOWNLOAD
 @USE
-def evaluate(folder, rows, device, data, download) -> None:
+def evaluate(folder, rows, packed, device, data, download) -> None:
     """Score a finished run on the images that it was trained on.
 
     Images, labels and parameters are compared with the hashes that the run wrote down.
     """
-    e, record, _ = read_run(folder)
-    if "seconds" not in record:
-        raise InvalidValue(f"the run in {folder} is not finished; `bnnlib show` says how far it is")
-    if missing := [name for name in (PARAMETERS, LABELS) if not (folder / name).is_file()]:
-        raise InvalidValue(f"the run in {folder} cannot be scored: it kept no {missing[0]}")
+    e, record = _read_kept(folder, "scored", PARAMETERS, LABELS)
+    if packed and not device.startswith(("auto", "cpu")):
+        raise InvalidValue(f"--packed computes on the CPU, got --device {device}")
     check_data(e, data, download)
     from bnnlib.experiments.build import resolve_device
     from bnnlib.runs.evaluation import evaluate_run
     from bnnlib.runs.folder import load_run
 
-    device = resolve_device(device)
-    error = evaluate_run(load_run(folder), rows, data, download=download, device=device)
+    device = resolve_device("cpu" if packed else device)
+    how = {"download": download, "device": device, "packed": packed}
+    error = evaluate_run(load_run(folder), rows, data, **how)
     there = record["images"]["train"]
     images = counted(min(rows or there, there), "image")
-    click.echo(f"train error {100 * error:.2f} % on {images}")
+    click.echo(f"train error {100 * error:.2f} % on {images}{', packed' * packed}")
+
+
+def _read_kept(folder: Path, done: str, *needed: str) -> tuple[Experiment, dict[str, Any]]:
+    """Experiment and record of a run that is finished and kept the files that are needed."""
+    e, record, _ = read_run(folder)
+    if "seconds" not in record:
+        raise InvalidValue(f"the run in {folder} is not finished; `bnnlib show` says how far it is")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise InvalidValue(f"the run in {folder} cannot be {done}: it kept no {missing[0]}")
+    return e, record
+
+
+# -------------------------------------------------------------------------------- other forms
+
+
+@click.command()
+@run_folder("folder")
+@_out("packed.safetensors", "A new file.")
+@USE
+def pack(folder: Path, out: Path) -> None:
+    """Write the network of a finished run as packed bits.
+
+    A weight takes one bit. The scores are the same, bit for bit; `bnnlib evaluate --packed`
+    computes them. A file that is there already is left alone.
+    """
+    _read_kept(folder, "packed", PARAMETERS)
+    _check_new(out)
+    from bnnlib.packed.packing import pack
+    from bnnlib.runs.folder import load_run
+
+    network = pack(load_run(folder).model)
+    size = network.save(out)
+    doubt = f": rounding could decide in {counted(network.doubtful, 'channel')}"
+    form = f"{network.first_layer}{doubt if network.doubtful else ''}"
+    click.echo(f"{counted(size, 'byte')}, first layer in {form}\n{out}")
+
+
+@click.command()
+@run_folder("folder")
+@_out("model.onnx", "A new file.")
+@USE
+def export(folder: Path, out: Path) -> None:
+    """Write the network of a finished run in the format ONNX.
+
+    In real numbers, for other programs; onnxruntime is asked whether it gives the same. A file
+    that is there already is left alone.
+    """
+    e, record = _read_kept(folder, "exported", PARAMETERS)
+    _check_new(out)
+    from bnnlib.export import export_onnx
+    from bnnlib.runs.folder import load_run
+    from bnnlib.runs.result import inputs_of_run
+
+    found = export_onnx(load_run(folder).model, out, inputs_of_run(e, record))
+    said = "not checked: there is no onnxruntime"
+    if found:
+        said = (
+            f"onnxruntime: the same class for {found.same_class} of {found.images} images of "
+            f"noise, scores differ by {found.largest_difference:.1g} at most"
+        )
+    click.echo(f"{counted(out.stat().st_size, 'byte')}, {said}\n{out}")

@@ -3,26 +3,24 @@
 `linear` and `conv2d` are the ones that layers call; the precision of a layer is one of
 "float32", "mixed" (sums in float32, gradients in bf16) and "half" (sums in fp16 too, which
 `precision.py` allows where that is exact).
+
+On a CPU, in float32, where both factors have two values only, the sums and their gradients are
+those of `bits.py`; else they are PyTorch's. Sums of signs are exact in both, and the bias is added
+once, to the whole sum, so they are equal to the last bit; gradients are sums of real numbers, and
+differ by how those are rounded.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue
-from bnnlib.quantizers import binarize, call, sign
-
-
-class Geometry(NamedTuple):
-    """How a kernel moves over an image, height first."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    groups: int = 1
+from bnnlib.kernels.bits import Operands, channels_last
+from bnnlib.kernels.geometry import Geometry
+from bnnlib.quantizers import binarize, call, sign, traced
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precision: str) -> Tensor:
@@ -32,7 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precisio
     are not kept in between. `torch.autocast` is followed as `F.linear` follows it.
     """
     flat = x.reshape(-1, x.shape[-1])  # the gradients are products of matrices
-    product, _ = call(_Linear, *_as_autocast(flat, weight, bias, signs, precision))
+    images, taps = flat[:, :, None, None], weight[:, :, None, None]
+    if words := _as_words(images, taps, bias, signs, precision, Geometry()):
+        product = call(_WordProduct, images, taps, bias, signs, words, Geometry())
+    else:
+        product, _ = call(_Linear, *_as_autocast(flat, weight, bias, signs, precision))
     return product.reshape(*x.shape[:-1], len(weight))
 
 
@@ -47,6 +49,8 @@ def conv2d(
     """`F.conv2d`, ([B,] in, H, W) -> ([B,] out, H', W'); the rest as in `linear`."""
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, signs, precision, geometry).squeeze(0)
+    if words := _as_words(x, weight, bias, signs, precision, geometry):
+        return call(_WordProduct, x, weight, bias, signs, words, geometry)
     return call(_Convolution, *_as_autocast(x, weight, bias, signs, precision), geometry)[0]
 
 
@@ -63,6 +67,78 @@ def _as_autocast(
     return x.to(dtype), weight.to(dtype), bias, False, "float32"
 
 
+# ------------------------------------------------------------------------------- words
+
+
+def _as_words(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    signs: bool,
+    precision: str,
+    geometry: Geometry,
+) -> Operands | None:
+    """Images (N, C, H, W) and weights (O, C, height, width) as words; None: take PyTorch's product.
+
+    So it is where a factor has more than two values, or is no plain float32 tensor on a CPU, and
+    where PyTorch traces what it is given.
+    """
+    plain = all(_is_plain(factor) for factor in (x, weight, bias) if factor is not None)
+    if not plain or precision != "float32" or geometry.groups > 1:
+        return None
+    if traced() or _watched() or torch.is_autocast_enabled("cpu"):
+        return None
+    return Operands.packed(x, weight, signs, geometry)
+
+
+def _watched() -> bool:
+    """Whether something records PyTorch's operations, and would miss a kernel's work."""
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+class _WordProduct(torch.autograd.Function):
+    """The product of images (N, C, H, W) and weights (O, C, height, width) that came as words."""
+
+    @staticmethod
+    def forward(x, weight, bias, signs: bool, words: Operands, geometry: Geometry):
+        y = words.sums(bias).permute(0, 3, 1, 2)
+        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias, ctx.signs, ctx.words, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        factors, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # for second derivatives
+            y, _ = call(_Convolution, *factors, ctx.signs, "float32", ctx.geometry)
+            wanted = [factor for factor, need in zip(factors, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(found) if need else None for need in needed), None, None, None
+        lying = channels_last(grad)
+        grad_x = grad_weight = grad_bias = None
+        if needed[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        if needed[1]:
+            grad_weight = ctx.words.weight_gradient(lying).permute(0, 3, 1, 2)
+        if needed[0] and ctx.words.gives_input_gradient:
+            grad_x = ctx.words.input_gradient(lying).permute(0, 3, 1, 2)
+        elif needed[0]:
+            x, weight, _ = factors
+            weight = sign(weight) if ctx.signs else weight
+            grad_x, *_ = _gradients(grad, x, weight, ctx.geometry, (True, False))
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+# --------------------------------------------------------------------------- PyTorch's own
+
+
 class _Product(torch.autograd.Function):
     """A product of inputs and weights: its value, and the inputs where they had to be rounded."""
 
@@ -77,6 +153,11 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if rounded is None else rounded, weight)
 
 
+def _plus(sums: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Sums and a bias, added last: a product that begins with it rounds at every step."""
+    return sums if bias is None else sums.add_(bias.view(shape))
+
+
 class _Convolution(_Product):
     @staticmethod
     def forward(x, weight, bias, signs: bool, precision: str, geometry: Geometry):
@@ -86,7 +167,7 @@ class _Convolution(_Product):
             y = F.conv2d(x, weight.half(), **form)
             return (y.float() if bias is None else y + bias.view(-1, 1, 1)), x
         with _without_tf32(x.is_cuda and precision == "float32"):
-            return F.conv2d(x, weight, bias, **form), None
+            return _plus(F.conv2d(x, weight, **form), bias, (-1, 1, 1)), None
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
@@ -95,23 +176,21 @@ class _Convolution(_Product):
         grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
         grad, x, weight = _factors(ctx, grad)
         (geometry,) = ctx.geometry
-        needed = [*ctx.needs_input_grad[:2], False]
         with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad,
-                x,
-                weight,
-                None,
-                geometry.stride,
-                geometry.padding,
-                [1, 1],
-                False,
-                [0, 0],
-                geometry.groups,
-                needed,
-            )
-        grad_x, grad_weight = (g if g is None else g.to(kind) for g in (grad_x, grad_weight))
+            found = _gradients(grad, x, weight, geometry, ctx.needs_input_grad[:2])
+        grad_x, grad_weight = (g if g is None else g.to(kind) for g in found)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a convolution's images and weights, those that are needed."""
+    stride, padding, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        *(grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], groups),
+        [*needed, False],
+    )[:2]
 
 
 class _Linear(_Product):
@@ -122,7 +201,7 @@ class _Linear(_Product):
             x = x.half()
             y = F.linear(x, weight.half())
             return (y.float() if bias is None else y + bias), x
-        return F.linear(x, weight, bias), None
+        return _plus(F.linear(x, weight), bias, (-1,)), None
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):

@@ -12,8 +12,11 @@ from bnnlib.batches import Batches
 from bnnlib.data.images import ImageSet
 from bnnlib.errors import InvalidValue
 from bnnlib.experiments.build import build_model, prepare_data
+from bnnlib.losses import mistakes
+from bnnlib.packed.network import PackedNetwork
+from bnnlib.packed.packing import pack
 from bnnlib.runs.result import Run, inputs_of_run, parameter_hash
-from bnnlib.training import EvaluationMode, evaluate
+from bnnlib.training import EVALUATION_BATCH, EvaluationMode, evaluate
 
 
 def evaluate_run(
@@ -24,13 +27,15 @@ def evaluate_run(
     download: bool = False,
     device: torch.device | str = "cpu",
     precision: str = "float32",
+    packed: bool = False,
 ) -> float:
     """Error of a saved memorizer, with binarized weights, on its first training rows.
 
     All `rows` images (or fewer, if there are fewer; None: all) go through the network with its
     stored averages, in the batches of `training.evaluate`: their size changes nothing but the
     memory. `root` and `download` are those of `data.load`, `device` and `precision` those of
-    `build_model`. Returns a share between 0 and 1.
+    `build_model`. `packed`: with the `PackedNetwork` of the run, on the CPU, which gives the same
+    scores there. Returns a share between 0 and 1.
     Raises InvalidValue where images, labels or parameters are not those of the run; the
     original mixed them up in silence.
     Source: `svhn_evaluation_random_labels.py:101-106,321-327` of the original, which takes all
@@ -42,11 +47,22 @@ def evaluate_run(
     data = prepare_data(replace(e, n_valid=0, n_test=0), root, download)["train"]
     data = replace(data, labels=finished.labels["train"])
     _check_belongs(finished, data)
+    if packed:
+        return _packed_error(pack(finished.model), data.at_most(rows))
     inputs = inputs_of_run(e, finished.record)
     model = build_model(e, device, precision, inputs)  # a copy: the run's own stays as it is
     model.load_state_dict(finished.model.state_dict())
     batches = Batches(data.at_most(rows), e.batch_size, device)
     return evaluate(model, batches, EvaluationMode("deterministic")).error
+
+
+def _packed_error(network: PackedNetwork, data: ImageSet) -> float:
+    """The error in the batches, and the memory format, of `training.evaluate` on a CPU."""
+    wrong = []
+    for start in range(0, len(data), size := EVALUATION_BATCH["cpu"]):
+        x = data.images[start : start + size].contiguous(memory_format=torch.channels_last)
+        wrong.append(mistakes(network(x), data.labels[start : start + size]))
+    return torch.cat(wrong).double().mean().item()
 
 
 def _check_belongs(finished: Run, data: ImageSet) -> None:

@@ -123,11 +123,12 @@ class Recording(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [*SETTINGS, RANDOM], ids=str)
-def test_a_recorded_step_is_the_step(noise, settings):
+def test_a_recorded_step_is_the_step(noise, settings, kernels):
     """Also as the learning rate and the order change, which it must find on the device.
 
     A recorded random layer goes on drawing; its order of draws is that of the steps.
     """
+    kernels("off")  # as where operations are recorded
     alone, recorded = (start(noise(n=100), **settings) for _ in range(2))
     graph = Recording()
     for _ in range(2):

@@ -1,0 +1,1 @@
+"""Networks of packed words: folded, computed, kept in files."""
