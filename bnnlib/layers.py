@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue, check_name, check_whole
 from bnnlib.kernels import products
-from bnnlib.kernels.products import Geometry
+from bnnlib.kernels.geometry import MOST_PIXELS, Geometry
 from bnnlib.names import STATISTICS, WEIGHT_MODES, parameters_of
 from bnnlib.quantizers import (
     approx_sign,
@@ -90,12 +90,15 @@ class BinaryLayer(nn.Module):
 
         The product takes plain signs itself, so as not to keep them; any other quantizer, and a
         subclass with an `effective_weight` of its own, gets that weight. Only sums of signs are
-        taken in less than float32.
+        taken in less than float32. In evaluation those of a first layer are rounded once.
         """
         own = getattr(self.effective_weight, "__func__", None) is BinaryLayer.effective_weight
         quantizer, _ = self.used_quantizer()
         signs = own and quantizer is binarize
         precision = self.precision if own and quantizer in SIGNS else "float32"
+        few = self.weight[0].numel() <= MOST_PIXELS
+        if few and not self.training and quantizer in SIGNS and precision == "float32":
+            precision = "once"
         return self.weight if signs else self.effective_weight(), self.bias, signs, precision
 
     def extra_repr(self) -> str:

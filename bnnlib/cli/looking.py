@@ -298,9 +298,7 @@ def pack(folder: Path, out: Path) -> None:
 
     network = pack(load_run(folder).model)
     size = network.save(out)
-    doubt = f": rounding could decide in {counted(network.doubtful, 'channel')}"
-    form = f"{network.first_layer}{doubt if network.doubtful else ''}"
-    click.echo(f"{counted(size, 'byte')}, first layer in {form}\n{out}")
+    click.echo(f"{counted(size, 'byte')}, first layer in {network.first_layer}\n{out}")
 
 
 @click.command()

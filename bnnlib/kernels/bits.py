@@ -16,12 +16,11 @@ from torch import Tensor
 from bnnlib.kernels import definitions
 from bnnlib.kernels.compiled import SETS, Shape, library
 from bnnlib.kernels.definitions import WORD
-from bnnlib.kernels.geometry import Geometry
+from bnnlib.kernels.geometry import MOST_PIXELS, Geometry
 
 Words = NDArray[np.uint64]
 
 MOST_TERMS = 2**16 - 1  # of a sum that the kernels count in 16 bits
-MOST_PIXELS = 128  # of a sum of pixels, in 16 bits with a sign
 LEAST_WORK = 2**19  # products; below, calling a kernel takes as long as computing them
 GROUP = 4  # images that a table of `gradients.c` is for
 
@@ -167,14 +166,12 @@ class Weights:
         return _prepared(self.words, unit)
 
     @cached_property
-    def numbers(self) -> Tensor:
-        """+1 and -1 as int16, (blocks of 64 outputs, kernel height, kernel width, C, 64)."""
-        values = definitions.unpack(self.words, self.channels).astype(np.int16)
+    def masks(self) -> Tensor:
+        """-1 for +1 and 0 for -1, int32 (blocks of 64 outputs, kernel height and width, C, 64)."""
+        values = -definitions.unpack(self.words, self.channels, low=0).astype(np.int32)
         padded = np.pad(values, [(0, -len(values) % WORD), (0, 0), (0, 0), (0, 0)])
         blocks = padded.reshape(-1, WORD, *values.shape[1:]).transpose(0, 2, 3, 4, 1)
-        return torch.from_numpy(
-            np.ascontiguousarray(blocks)
-        ).clone()  # lies at a cache line's start
+        return torch.from_numpy(blocks.copy()).clone()  # which lies at a cache line's start
 
 
 def sums(x: Words, weight: Weights, low: int, geometry: Geometry) -> NDArray[np.float32]:
@@ -203,13 +200,18 @@ def at_least(
 
 
 def pixel_sums_at_least(
-    x: NDArray[np.uint8], weight: Weights, thresholds: NDArray[np.int32], geometry: Geometry
+    x: NDArray[np.uint8],
+    weight: Weights,
+    values: NDArray[np.int32],
+    thresholds: NDArray[np.int32],
+    geometry: Geometry,
 ) -> Words:
-    """The same for pixels p, (N, H, W, C), that stand for 2 p - 255; zeros lie around them."""
+    """The same for pixels p, (N, H, W, C), that stand for `values[p]`, at most 2^24 each."""
     if library() is None or weight.terms > MOST_PIXELS:
-        found = definitions.pixel_sums(x, weight.words, weight.channels, geometry)
+        found = definitions.pixel_sums(x, weight.words, weight.channels, values, geometry)
         return definitions.pack(found >= thresholds)
     shape = _shape(x.shape, weight.words.shape, weight.channels, -1, geometry)
     bits = np.empty((shape.n, shape.oh, shape.ow, -(-shape.o // WORD)), np.uint64)
-    library().pixel_sums(shape, _at(x), _at(weight.numbers), _at(bits), _at(thresholds))
+    addresses = map(_at, (x, weight.masks, values, bits, thresholds))
+    library().pixel_sums(shape, *addresses)
     return bits

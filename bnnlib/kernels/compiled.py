@@ -77,7 +77,7 @@ SIGNATURES = {
     "prepared_bytes": (NUMBER, (NUMBER, NUMBER)),
     "prepare": (None, (ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS)),
     "sums": (None, (SHAPE, *(ADDRESS,) * 6)),
-    "pixel_sums": (None, (SHAPE, ADDRESS, ADDRESS, ADDRESS, ADDRESS)),
+    "pixel_sums": (None, (SHAPE, *(ADDRESS,) * 5)),
     "weight_gradient": (None, (SHAPE, ADDRESS, ADDRESS, ADDRESS)),
     "input_gradient": (None, (SHAPE, ADDRESS, ADDRESS, ADDRESS)),
 }

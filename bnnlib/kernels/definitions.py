@@ -106,11 +106,15 @@ def _reach(tap: int, size: int, count: int, step: int, pad: int) -> tuple[slice,
 
 
 def pixel_sums(
-    x: NDArray[np.uint8], weight: NDArray[np.uint64], channels: int, geometry: Geometry
+    x: NDArray[np.uint8],
+    weight: NDArray[np.uint64],
+    channels: int,
+    values: NDArray[np.int32],
+    geometry: Geometry,
 ) -> NDArray[np.int64]:
-    """The first layer on pixels p, (N, H, W, C), that stand for 2 p - 255: (N, H', W', O)."""
+    """The first layer, (N, H', W', O), on pixels p, (N, H, W, C), that stand for `values[p]`."""
     y = np.zeros((*geometry.out_shape(x.shape, weight.shape), len(weight)), np.int64)
-    signs = unpack(weight, channels)
+    numbers, signs = values.astype(np.int64)[x], unpack(weight, channels)
     for (ky, kx), out, inside in _taps(x.shape, weight.shape, geometry):
-        y[out] += (2 * x[inside].astype(np.int64) - 255) @ signs[:, ky, kx].T
+        y[out] += numbers[inside] @ signs[:, ky, kx].T
     return y

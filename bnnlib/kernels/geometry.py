@@ -1,6 +1,9 @@
-"""How a kernel moves over an image."""
+"""How a kernel moves over an image, and how large a first layer is."""
 
 from typing import NamedTuple
+
+# A sum of as many scaled pixels, which are whole numbers of 2^-24, is one of 32 bits.
+MOST_PIXELS = 127
 
 
 class Geometry(NamedTuple):

@@ -1,8 +1,8 @@
 """The products of binary layers, with the sign of the weight taken inside.
 
 `linear` and `conv2d` are the ones that layers call; the precision of a layer is one of
-"float32", "mixed" (sums in float32, gradients in bf16) and "half" (sums in fp16 too, which
-`precision.py` allows where that is exact).
+"float32", "once" (the same, and on a CPU a sum is rounded once), "mixed" (sums in float32,
+gradients in bf16) and "half" (sums in fp16 too, which `precision.py` allows where that is exact).
 
 On a CPU, in float32, where both factors have two values only, the sums and their gradients are
 those of `bits.py`; else they are PyTorch's. Sums of signs are exact in both, and the bias is added
@@ -10,7 +10,7 @@ once, to the whole sum, so they are equal to the last bit; gradients are sums of
 differ by how those are rounded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,8 @@ from bnnlib.errors import InvalidValue
 from bnnlib.kernels.bits import Operands, channels_last
 from bnnlib.kernels.geometry import Geometry
 from bnnlib.quantizers import binarize, call, sign, traced
+
+FLOAT32 = ("float32", "once")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precision: str) -> Tensor:
@@ -84,16 +86,16 @@ def _as_words(
     where PyTorch traces what it is given.
     """
     plain = all(_is_plain(factor) for factor in (x, weight, bias) if factor is not None)
-    if not plain or precision != "float32" or geometry.groups > 1:
+    if not plain or precision not in FLOAT32 or geometry.groups > 1:
         return None
-    if traced() or _watched() or torch.is_autocast_enabled("cpu"):
+    if _watched() or torch.is_autocast_enabled("cpu"):
         return None
     return Operands.packed(x, weight, signs, geometry)
 
 
 def _watched() -> bool:
-    """Whether something records PyTorch's operations, and would miss a kernel's work."""
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether something records PyTorch's operations, and would miss what is not one of them."""
+    return traced() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -153,6 +155,19 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if rounded is None else rounded, weight)
 
 
+def _sums(product: Callable[[Tensor], Tensor], x: Tensor, precision: str) -> Tensor:
+    """The product; for "once" as that of 12 bits behind the point and that of what is left.
+
+    Scaled pixels are whole numbers of 2^-24. Each of the two sums is then exact in float32, in any
+    order, and their sum is rounded once, so that it depends on no batch, layout or thread.
+    """
+    if precision != "once" or x.device.type != "cpu" or _watched():
+        return product(x)
+    high = (x * 2**12).round_().div_(2**12)
+    low = x - high
+    return product(high).add_(product(low)) if low.any() else product(high)
+
+
 def _plus(sums: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Sums and a bias, added last: a product that begins with it rounds at every step."""
     return sums if bias is None else sums.add_(bias.view(shape))
@@ -166,8 +181,9 @@ class _Convolution(_Product):
             x = x.half()
             y = F.conv2d(x, weight.half(), **form)
             return (y.float() if bias is None else y + bias.view(-1, 1, 1)), x
-        with _without_tf32(x.is_cuda and precision == "float32"):
-            return _plus(F.conv2d(x, weight, **form), bias, (-1, 1, 1)), None
+        with _without_tf32(x.is_cuda and precision in FLOAT32):
+            sums = _sums(lambda x: F.conv2d(x, weight, **form), x, precision)
+        return _plus(sums, bias, (-1, 1, 1)), None
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
@@ -176,7 +192,7 @@ class _Convolution(_Product):
         grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
         grad, x, weight = _factors(ctx, grad)
         (geometry,) = ctx.geometry
-        with _without_tf32(grad.is_cuda and ctx.precision == "float32"):
+        with _without_tf32(grad.is_cuda and ctx.precision in FLOAT32):
             found = _gradients(grad, x, weight, geometry, ctx.needs_input_grad[:2])
         grad_x, grad_weight = (g if g is None else g.to(kind) for g in found)
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -201,7 +217,8 @@ class _Linear(_Product):
             x = x.half()
             y = F.linear(x, weight.half())
             return (y.float() if bias is None else y + bias), x
-        return _plus(F.linear(x, weight), bias, (-1,)), None
+        sums = _sums(lambda x: F.linear(x, weight), x, precision)
+        return _plus(sums, bias, (-1,)), None
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
@@ -222,7 +239,7 @@ def _factors(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     if ctx.signs:
         weight = binarize(weight) if torch.is_grad_enabled() else sign(weight)
-    if ctx.precision == "float32":
+    if ctx.precision in FLOAT32:
         return grad, x, weight
     if torch.is_grad_enabled():  # x was rounded where nobody saw it
         raise InvalidValue(

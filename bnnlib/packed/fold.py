@@ -20,6 +20,7 @@ Ask = Callable[[Tensor], Tensor]  # sums (R, O) float32 -> (R, O) bool: is the a
 AT_ONCE = 2**20  # sums that are asked for at once
 REACH = 2.0**64  # no sum is larger; from here on a normalization may overflow
 GRID = 1025  # numbers at which a bisection is checked
+UNITS = 2**24  # in 1, of a scaled pixel
 
 
 def asking(parts: Sequence[nn.Module], bias: Tensor | None, conv: bool) -> Ask:
@@ -106,53 +107,23 @@ def _not_monotone(channels: NDArray | Tensor) -> InvalidValue:
 # ------------------------------------------------------------------------------------- pixels
 
 
-def pixel_thresholds(
-    t: NDArray[np.float32], terms: Sequence[int]
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Thresholds of the integer S = sum of (2 p - 255) w that decide as the float sum f does.
-
-    f is the sum, in float32 and in any order, of `scale_pixels`(p) w, where w is +1 or -1; in real
-    numbers it were S / 255. `t`: those f from which on the answer is another, see `switches`.
-    `terms`: how many pixels an f may have, at the borders of the image as well.
-
-    Also returned: for which channels nothing can be said, because an integer that S can be lies so
-    close to 255 t that rounding decides. S has the parity of its terms, as 2 p - 255 is odd.
-    """
-    exact = 255 * t.astype(np.float64)  # 8 + 24 bits
-    doubtful = np.zeros(len(t), bool)
-    for n in terms:
-        within = np.abs(exact) <= 255.0 * n + 256
-        near = np.where(within, exact, 0)
-        s = np.clip(2 * np.round((near - n) / 2) + n, -255 * n, 255 * n)  # the nearest of parity n
-        doubtful |= within & (np.abs(s - near) <= 255 * pixel_error(n, np.abs(s) / 255))
-    largest = 255 * max(terms)
-    return np.clip(np.ceil(exact), -largest, largest + 1).astype(np.int32), doubtful
-
-
-def pixel_error(terms: int, total: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A bound on |f - S / 255| for sums of so many pixels where |S / 255| is `total`."""
-    p = torch.arange(256, dtype=torch.uint8)
-    scaling = (scale_pixels(p).double() - (2 * p.double() - 255) / 255).abs().max().item()
-    step = max(1, terms // 16)  # few different totals, rounded up
-    totals = step * np.ceil((total + terms * scaling) / step).astype(int)
-    found, place = np.unique(totals, return_inverse=True)
-    return np.array([addition_error(terms, int(x)) for x in found])[place] + terms * scaling
-
-
 @cache
-def addition_error(terms: int, total: int) -> float:
-    """A bound on the error of a float32 sum of scaled pixels, in whatever order it is taken.
+def pixel_values() -> NDArray[np.int32]:
+    """`scale_pixels` of 0 ... 255 in units of 2^-24, in which all of them are whole numbers."""
+    scaled = scale_pixels(torch.arange(256, dtype=torch.uint8)).double() * UNITS
+    return scaled.to(torch.int32).numpy()
 
-    Scaled pixels are at most 1 and multiples of 2^-24. Adding in any order is a binary tree whose
-    leaves are the terms. Above k leaves lies a number p of at most k, and of at most terms - k +
-    total, as the rest must bring it back to the total. Its rounding moves it by at most half the
-    distance of float32 numbers around p; `worst` is the largest sum of these over all trees.
+
+def pixel_thresholds(t: NDArray[np.float32], terms: int) -> NDArray[np.int32]:
+    """The smallest integer S, a sum of up to so many `pixel_values`, that is t or more in float32.
+
+    In evaluation a first layer of at most `MOST_PIXELS` terms rounds its sum once (see
+    `kernels.products`), so that it is S / 2^24 rounded, in whatever order it was added.
     """
-    k = np.arange(terms + 1)
-    p = np.minimum(k, terms - k + total) + terms**2 * 2.0**-23  # the errors so far: less than that
-    rounding = 2.0 ** (np.floor(np.log2(np.maximum(p, 1))) - 24)
-    worst = np.zeros(terms + 1)
-    for n in range(2, terms + 1):
-        left = np.arange(1, n // 2 + 1)
-        worst[n] = rounding[n] + (worst[left] + worst[n - left]).max()
-    return float(worst[terms])
+    largest = terms * UNITS
+    low, high = np.full(len(t), -largest - 1), np.full(len(t), largest + 1)
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        reached = (middle / UNITS).astype(np.float32) >= t
+        low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+    return np.maximum(high, -largest).astype(np.int32)  # not lower where all sums are enough

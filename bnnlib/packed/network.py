@@ -45,10 +45,10 @@ class PackedNetwork:
     """Steps on packed words, called on images: (N, C, H, W) -> scores (N, classes) float32.
 
     Takes what the network took: uint8 pixels, or float32 images that are already scaled, as a
-    tensor or an array. `first_layer` says how it treats pixels: "integers", where it is proved
-    that those decide as the float sums do; else "float", because of `doubtful` channels. Then the
-    first layer is PyTorch's own, on the whole batch, as it is for images of floats; all that
-    follows goes in slices of 64 images, so that its memory does not grow with the batch.
+    tensor or an array. `first_layer` says how it treats pixels: in "integers", or where a sum has
+    more than `MOST_PIXELS` terms in "float". Then the first layer is PyTorch's own, on the whole
+    batch, as it is for images of floats; all that follows goes in slices of 64 images, so that
+    its memory does not grow with the batch.
     """
 
     def __init__(self, steps: Sequence):
@@ -61,11 +61,6 @@ class PackedNetwork:
         first = self.steps[0]
         counts = isinstance(first, First) and first.thresholds is not None
         return "integers" if counts else "float"
-
-    @property
-    def doubtful(self) -> int:
-        """In how many channels of the first layer rounding could decide about a pixel."""
-        return getattr(self.steps[0], "doubtful", 0)
 
     @torch.no_grad()
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
@@ -91,8 +86,7 @@ class PackedNetwork:
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(step).__name__ for step in self.steps)
-        doubt = f", {self.doubtful} channels in doubt" if self.doubtful else ""
-        return f"PackedNetwork(first layer in {self.first_layer}{doubt}: {kinds})"
+        return f"PackedNetwork(first layer in {self.first_layer}: {kinds})"
 
     def save(self, path: str | Path) -> int:
         """Write a new file, which `load_packed` reads; returns its size in bytes.
@@ -108,7 +102,8 @@ class PackedNetwork:
           of word j belongs to channel 64 j + i, 1 for +1; bits past the last channel are 0. (Read
           as bytes: bit i of byte j is channel 8 j + i.) The columns of a dense layer are channels
           of a 1x1 kernel, in the order (C, H, W) where it is first, else (H, W, C).
-        - thresholds: I32 (O,). An activation is 1 where the integer sum is at least that.
+        - thresholds: I32 (O,). An activation is 1 where the integer sum is at least that. In the
+          first layer it is a sum of round(2^24 (p 2/255 - 1)), computed in float32, of pixels p.
         - flips: U64 (ceil(O / 64),). Channels whose bit is then turned around.
         - bias, switches: F32 (O,), of the last layer, and of the first one for float images.
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue
+from bnnlib.kernels.geometry import MOST_PIXELS
 from bnnlib.layers import (
     Activation,
     BatchNorm,
@@ -268,23 +268,10 @@ def _first(
         return First(**form), None
     channels = len(layer.weight)
     t, flips = switches(asking(folded, None, not form["dense"]), channels)
-    thresholds, doubt = None, np.zeros(channels, bool)
-    if pixels:  # they are compared with what the sum has to reach before the bias is added
-        thresholds, doubt = pixel_thresholds(switches(ask, channels)[0], _terms(form))
-    thresholds = None if doubt.any() else thresholds
-    return First(**form, switches=t, thresholds=thresholds, doubtful=int(doubt.sum())), flips
-
-
-def _terms(form: dict[str, Any]) -> list[int]:
-    """How many pixels a sum can have, in images that are no smaller than the kernel."""
-    if form["dense"]:
-        return [form["channels"]]
-    padding = (0, 0) if form["pad_value"] else form["padding"]
-    inside = [
-        range(max(1, size - pad), size + 1)
-        for size, pad in zip(form["words"].shape[1:3], padding, strict=True)
-    ]
-    return sorted({form["channels"] * high * wide for high, wide in product(*inside)})
+    thresholds, terms = None, layer.weight[0].numel()
+    if pixels and terms <= MOST_PIXELS:  # what the sum has to reach before the bias is added
+        thresholds = pixel_thresholds(switches(ask, channels)[0], terms)
+    return First(**form, switches=t, thresholds=thresholds), flips
 
 
 def _array(x: Tensor | None) -> np.ndarray | None:

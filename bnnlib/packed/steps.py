@@ -21,6 +21,7 @@ from bnnlib.kernels.bits import Words
 from bnnlib.kernels.definitions import WORD
 from bnnlib.kernels.geometry import Geometry
 from bnnlib.layers import BatchNorm, BinaryConv2d, BinaryLinear
+from bnnlib.packed.fold import pixel_values
 
 Pair = tuple[int, int]
 
@@ -182,8 +183,8 @@ class Sums(_Inner):
 class First(Weighted):
     """The first binary layer, fed with 8-bit pixels or with real numbers: -> words.
 
-    - `pixels`: integer sums of 2 p - 255 against `thresholds`; None where rounding could decide
-      otherwise, in `doubtful` channels.
+    - `pixels`: integer sums of `fold.pixel_values` against `thresholds`; None where these would
+      have too many terms.
     - `real`: the plain layer in float32, on the whole batch, against `switches`. Without them its
       real numbers are passed on.
     """
@@ -191,7 +192,6 @@ class First(Weighted):
     bias: NDArray[np.float32] | None = None  # (O,)
     switches: NDArray[np.float32] | None = None  # (O,), of the layer's output with the bias
     thresholds: NDArray[np.int32] | None = None  # (O,)
-    doubtful: int = 0
     channels_last: bool = False  # the memory format of the plain layer's weight
 
     def __post_init__(self) -> None:
@@ -206,7 +206,6 @@ class First(Weighted):
             _check(ok, f"{name} must be {self.out} of {kind.__name__}", value)
         ok = self.switches is not None or self.thresholds is None
         _check(ok, "thresholds come with switches", self.switches)
-        _check(type(self.doubtful) is int and self.doubtful >= 0, "doubtful", self.doubtful)
         _check(type(self.channels_last) is bool, "channels_last", self.channels_last)
 
     @cached_property
@@ -227,16 +226,11 @@ class First(Weighted):
         if has_bias:
             state["bias"] = torch.from_numpy(self.bias)
         layer.load_state_dict(state, assign=True)
-        return layer.requires_grad_(False)
-
-    @property
-    def kernel(self) -> Pair:
-        return self.words.shape[1:3]
+        return layer.requires_grad_(False).eval()
 
     def counts(self, x: Tensor) -> bool:
-        """Whether the integers decide about these images."""
-        known = self.thresholds is not None and x.dtype == torch.uint8
-        return known and (self.dense or all(map(int.__ge__, x.shape[2:], self.kernel)))
+        """Whether integers decide about these images."""
+        return self.thresholds is not None and x.dtype == torch.uint8
 
     def pixels(self, x: Tensor) -> Words:
         """(N, C, H, W) uint8 -> words."""
@@ -246,7 +240,8 @@ class First(Weighted):
             x = x.permute(0, 2, 3, 1).contiguous().numpy()
             if self.pad_value:
                 x = self._bordered(x, np.uint8(255 if self.pad_value == 1 else 0))
-        return bits.pixel_sums_at_least(x, self.weight, self.thresholds, self.geometry)
+        values = pixel_values()
+        return bits.pixel_sums_at_least(x, self.weight, values, self.thresholds, self.geometry)
 
     def real(self, x: Tensor) -> Words | Tensor:
         """(N, C, H, W) -> words."""

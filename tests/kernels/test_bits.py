@@ -12,8 +12,9 @@ from numpy.testing import assert_array_equal
 
 from bnnlib.kernels import bits, compiled, definitions
 from bnnlib.kernels.bits import Operands, Weights
-from bnnlib.kernels.geometry import Geometry
+from bnnlib.kernels.geometry import MOST_PIXELS, Geometry
 from bnnlib.layers import BinaryConv2d, BinaryLinear
+from bnnlib.packed.fold import pixel_values
 
 HERE = compiled.sets_here()
 EXACT = 2e-6  # of the largest number: several times the rounding of float32
@@ -147,14 +148,14 @@ def test_the_layer_of_pixels_is_its_definition(name, layer):
 
 
 def check_pixels(x, w, _, geometry, generator):
-    c = min(x.shape[3], bits.MOST_PIXELS // (w.shape[1] * w.shape[2]))
-    weights = Weights(definitions.pack(w[..., :c]), c)
+    c = min(x.shape[3], MOST_PIXELS // (w.shape[1] * w.shape[2]))
+    weights, values = Weights(definitions.pack(w[..., :c]), c), pixel_values()
     pixels = generator.integers(0, 256, (*x.shape[:3], c)).astype(np.uint8)
     pixels[0] = generator.choice([0, 255])
-    expected = definitions.pixel_sums(pixels, weights.words, c, geometry)
+    expected = definitions.pixel_sums(pixels, weights.words, c, values, geometry)
     thresholds = generator.choice(expected.ravel(), len(w)).astype(np.int32)  # on a sum
     assert_array_equal(
-        bits.pixel_sums_at_least(pixels, weights, thresholds, geometry),
+        bits.pixel_sums_at_least(pixels, weights, values, thresholds, geometry),
         definitions.pack(expected >= thresholds),
     )
 

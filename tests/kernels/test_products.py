@@ -1,5 +1,6 @@
 """Outputs and derivatives of the binary layers against PyTorch's own products of the signs."""
 
+import copy
 from contextlib import nullcontext
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
 from bnnlib.kernels.products import _without_tf32
 from bnnlib.layers import BinaryConv2d, BinaryLinear
@@ -242,3 +244,22 @@ def test_tf32_is_off_inside_and_as_it_was_afterwards(said, precision_flags):
         assert conv.fp32_precision == torch.backends.fp32_precision
     with _without_tf32(False):
         assert conv.fp32_precision != "none"
+
+
+# ------------------------------------------------------------------------- rounded once
+
+
+@pytest.mark.parametrize("make", [lambda: BinaryConv2d(3, 8, 3), lambda: BinaryLinear(75, 8)])
+def test_in_evaluation_a_first_layer_rounds_its_sum_once(make, generator):
+    """So it is the exact sum of scaled pixels, rounded: float64 holds that sum."""
+    layer = make().eval()
+    layer.bias.data.uniform_(generator=generator)
+    shape = (5, 3, 9, 9) if isinstance(layer, BinaryConv2d) else (200, 75)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    x, bias = scale_pixels(pixels), layer.bias.data.clone()
+    exact = copy.deepcopy(layer).double()
+    exact.bias.data.zero_()
+    expected = exact(x.double()).float() + bias.view(-1, *(1,) * (x.dim() - 2))
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.requires_grad_()).detach(), expected)
+    torch.testing.assert_close(layer.train()(x), expected)

@@ -9,13 +9,13 @@ from torch import nn
 
 from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue
+from bnnlib.kernels.geometry import MOST_PIXELS
 from bnnlib.layers import BatchNorm, BinarySigmoid, BinaryTanh
 from bnnlib.packed.fold import (
-    addition_error,
     asking,
     fold,
-    pixel_error,
     pixel_thresholds,
+    pixel_values,
     switches,
 )
 
@@ -101,78 +101,29 @@ def test_a_switch_is_the_smallest_number_that_is_answered_otherwise(seed):
 # ------------------------------------------------------------------------------------- pixels
 
 
-def float_sums(x, order):
-    """Sums of the rows of float32 numbers, added in one of a few orders."""
-    if order == "worst":
-        x = np.sort(x, axis=1)
-    if order == "pairs":
-        while x.shape[1] > 1:
-            x = np.pad(x, ((0, 0), (0, x.shape[1] % 2)))
-            x = x[:, ::2] + x[:, 1::2]
-        return x[:, 0]
-    total = np.zeros(len(x), np.float32)
-    for column in x.T:
-        total = total + column
-    return total
-
-
-def pixel_sums(seed, terms, rows=200, spread=True):
-    """Pixels, with as many extreme ones as not, times signs: float32 terms, and integer sums."""
-    rng = np.random.default_rng(seed)
-    p = rng.integers(0, 256, (rows, terms), np.uint8)
-    if spread:
-        p = np.where(rng.random(p.shape) < 0.5, p, rng.choice([0, 1, 254, 255], p.shape))
-    w = rng.choice([-1, 1], p.shape)
-    x = scale_pixels(torch.from_numpy(p.astype(np.uint8))).numpy() * w.astype(np.float32)
-    return x, ((2 * p.astype(np.int64) - 255) * w).sum(1)
-
-
 @settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    terms=st.sampled_from([1, 2, 9, 12, 18, 27, 75, 300]),
-    order=st.sampled_from(["given", "worst", "pairs"]),
-)
-def test_float_sums_of_pixels_are_within_the_bound(seed, terms, order):
-    x, s = pixel_sums(seed, terms)
-    error = np.abs(float_sums(x, order).astype(np.float64) - s / 255)
-    assert (error <= pixel_error(terms, np.abs(s) / 255)).all()
-
-
-def test_the_bound_is_not_much_larger_than_the_worst_case_that_is_found():
-    g = np.random.default_rng(0)
-    x = 1 - g.integers(0, 2**12, (20_000, 27)) * 2.0**-24
-    x[:, 13:] *= -1  # up to 13, and down again
-    error = np.abs(float_sums(x.astype(np.float32), "given") - x.sum(1)).max()
-    assert error <= addition_error(27, 1) < 4 * error
-    assert addition_error(1, 1) == 0
-    assert addition_error(2, 0) <= 2.0**-24
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    terms=st.sampled_from([9, 18, 27]),
-    order=st.sampled_from(["given", "worst", "pairs"]),
-)
-def test_integers_decide_as_floats_where_there_is_no_doubt(seed, terms, order):
-    x, s = pixel_sums(seed, terms, spread=False)
-    f = float_sums(x, order)
-    t = np.random.default_rng(seed).permutation(f)[:50]  # thresholds that a float sum just meets
-    shift = np.random.default_rng(seed + 1).choice([0, 1e-5, 1e-4, 3e-3], 50)
-    t = (t + shift).astype(np.float32)
-    thresholds, doubtful = pixel_thresholds(t, [terms])
-    assert doubtful[shift == 0].all()
-    sure = ~doubtful
-    assert sure.any()
-    assert ((s[:, None] >= thresholds) == (f[:, None] >= t))[:, sure].all()
+@given(seed=st.integers(0, 2**31), terms=st.sampled_from([1, 2, 9, 18, 27, 75, MOST_PIXELS]))
+def test_a_threshold_of_integers_decides_as_the_sum_that_is_rounded_once(seed, terms):
+    rng = np.random.default_rng(seed)
+    p, w = rng.integers(0, 256, (200, terms)), rng.choice([-1, 1], (200, terms))
+    s = (pixel_values().astype(np.int64)[p] * w).sum(1)
+    x = scale_pixels(torch.from_numpy(p.astype(np.uint8))).double() * torch.from_numpy(w)
+    f = x.sum(1).float().numpy()
+    t = rng.permutation(f)[:50]  # thresholds that a sum just meets, or just does not
+    t = np.nextafter(t, rng.choice(np.float32([-np.inf, np.inf]), 50))
+    t[:20] = f[:20]
+    assert ((s[:, None] >= pixel_thresholds(t, terms)) == (f[:, None] >= t)).all()
 
 
 def test_channels_that_never_change_are_beyond_all_sums():
-    t = np.array([np.inf, -np.inf, 1e6, -1e6, 0.004], np.float32)
-    thresholds, doubtful = pixel_thresholds(t, [18, 27])
-    assert thresholds.tolist() == [6886, -6885, 6886, -6885, 2]
-    assert doubtful.tolist() == [False] * 5
-    assert pixel_thresholds(np.float32([1 / 255]), [27])[1].all()
-    assert not pixel_thresholds(np.float32([2 / 255]), [27])[1].any()  # 27 odd numbers are odd
-    assert pixel_thresholds(np.float32([2 / 255]), [18, 27])[1].all()
+    t = np.array([np.inf, -np.inf, 1e6, -1e6, 0, 2.0**-24], np.float32)
+    largest = 27 * 2**24
+    expected = [largest + 1, -largest, largest + 1, -largest, 0, 1]
+    assert pixel_thresholds(t, 27).tolist() == expected
+    assert pixel_thresholds(t, MOST_PIXELS)[0] == MOST_PIXELS * 2**24 + 1 < 2**31
+
+
+def test_scaled_pixels_are_whole_numbers_of_their_unit():
+    scaled = scale_pixels(torch.arange(256, dtype=torch.uint8)).double().numpy()
+    assert (pixel_values() / 2.0**24 == scaled).all()
+    assert pixel_values()[[0, 255]].tolist() == [-(2**24), 2**24]

@@ -327,15 +327,16 @@ EXPORT void sums(const Shape *s, const uint64_t *x, const Weight *weight, float 
 
 /* ------------------------------------------------------------------------- the layer of pixels
 
-   Pixels p = 0 ... 255 stand for 2 p - 255; up to 128 of them make a sum of 16 bits. The weights
-   are numbers here, weight[block of 64 outputs][tap][channel][output]. */
+   Pixels stand for whole numbers. A sum of them with signs is twice that of those whose sign is +,
+   less that of all; masks[block of 64 outputs][tap][channel][output] are all ones or all zeros. In
+   32 bits the result is right even where a sum on the way was too large. */
 
-typedef int16_t vs __attribute__((vector_size(4 * LANES)));
-#define PIXEL_VECTORS (64 / (2 * LANES))
+typedef uint32_t vp __attribute__((vector_size(4 * LANES)));
+#define PIXEL_VECTORS (64 / LANES)
 
-EXPORT void pixel_sums(const Shape *s, const uint8_t *x, const vs *weight, uint64_t *bits,
-                       const int32_t *thresholds) {
-    const long blocks = (s->o + 63) / 64, taps = s->kh * s->kw * s->c;
+EXPORT void pixel_sums(const Shape *s, const uint8_t *x, const vp *masks, const uint32_t *values,
+                       uint64_t *bits, const int32_t *thresholds) {
+    const long blocks = (s->o + 63) / 64, terms = s->kh * s->kw * s->c;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(s->threads)
     for (long image = 0; image < s->n; image++)
         for (long oy = 0; oy < s->oh; oy++)
@@ -343,20 +344,23 @@ EXPORT void pixel_sums(const Shape *s, const uint8_t *x, const vs *weight, uint6
                 for (long block = 0; block < blocks; block++) {
                     Range ky = inside(oy, s->sh, s->ph, s->kh, s->h);
                     Range kx = inside(ox, s->sw, s->pw, s->kw, s->w);
-                    vs sum[PIXEL_VECTORS] = {{0}};
+                    vp sum[PIXEL_VECTORS] = {{0}};
+                    uint32_t all = 0;
                     for (long y = ky.first; y < ky.last; y++) {
                         long iy = oy * s->sh - s->ph + y, ix = ox * s->sw - s->pw + kx.first;
                         const uint8_t *row = x + ((image * s->h + iy) * s->w + ix) * s->c;
-                        const vs *w = weight + (block * taps + (y * s->kw + kx.first) * s->c) * PIXEL_VECTORS;
-                        for (long i = 0; i < (kx.last - kx.first) * s->c; i++, w += PIXEL_VECTORS)
-                            for (int v = 0; v < PIXEL_VECTORS; v++)
-                                sum[v] += w[v] * (int16_t)(2 * row[i] - 255);
+                        const vp *mask =
+                            masks + (block * terms + (y * s->kw + kx.first) * s->c) * PIXEL_VECTORS;
+                        for (long i = 0; i < (kx.last - kx.first) * s->c; i++, mask += PIXEL_VECTORS) {
+                            const uint32_t value = values[row[i]];
+                            all += value;
+                            for (int v = 0; v < PIXEL_VECTORS; v++) sum[v] += mask[v] & value;
+                        }
                     }
-                    int16_t narrow[64];
-                    int32_t wide[64];
-                    memcpy(narrow, sum, sizeof narrow);
-                    for (int k = 0; k < 64; k++) wide[k] = narrow[k];
+                    int32_t signed_sums[64];
+                    for (int v = 0; v < PIXEL_VECTORS; v++) sum[v] = 2 * sum[v] - all;
+                    memcpy(signed_sums, sum, sizeof signed_sums);
                     bits[((image * s->oh + oy) * s->ow + ox) * blocks + block] =
-                        reached(wide, thresholds + 64 * block, lesser(64, s->o - 64 * block));
+                        reached(signed_sums, thresholds + 64 * block, lesser(64, s->o - 64 * block));
                 }
 }
