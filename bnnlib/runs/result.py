@@ -19,6 +19,7 @@ from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import EXPERIMENTS
 from bnnlib.history import History, differing_columns
+from bnnlib.kernels import bits
 from bnnlib.models import Inputs, usual_inputs
 from bnnlib.names import USED
 from bnnlib.runs.record import trained_on
@@ -66,9 +67,12 @@ def inputs_of_run(e: Experiment, record: dict[str, Any]) -> Inputs:
 
 
 def environment(device: torch.device, precision: str = "float32") -> dict[str, Any]:
-    """Versions, device and its precision, threads, and the time of the start."""
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine() + " CPU"
+    """Versions, device with its precision or kernels, threads, and the time of the start."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        kernels = bits.library()
+        name = f"{platform.machine()} CPU" + (f", {kernels.set} kernels" if kernels else "")
     return {
         "versions": {
             "bnnlib": bnnlib.__version__,

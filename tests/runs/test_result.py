@@ -11,8 +11,16 @@ from bnnlib.experiments.build import prepare_data
 from bnnlib.experiments.profiles import reduced, smoke
 from bnnlib.experiments.variants import named
 from bnnlib.history import History
+from bnnlib.kernels import compiled
 from bnnlib.runs.folder import load_run
-from bnnlib.runs.result import differences, is_guessing, parameter_hash, profile_of, summary
+from bnnlib.runs.result import (
+    differences,
+    environment,
+    is_guessing,
+    parameter_hash,
+    profile_of,
+    summary,
+)
 
 
 def test_the_record_says_what_a_reader_must_know(finished):
@@ -93,3 +101,9 @@ def test_nan_is_nan_and_zero_is_zero_in_a_comparison(finished):
     runs = [replace(finished, history=History([{"a": value}])) for value in (nan, nan, 0.0)]
     assert differences(runs[0], runs[1]) == []
     assert differences(runs[0], runs[2]) == ["a"]
+
+
+def test_a_record_names_the_kernels_that_rounded_its_gradients(kernels):
+    for name, expected in (("off", " CPU"), (compiled.sets_here()[0], " kernels")):
+        kernels(name)
+        assert environment(torch.device("cpu"))["device"].endswith(expected)
