@@ -102,29 +102,30 @@ EXPORT void prepare(const uint64_t *words, long o, long count, long threads, Wei
 /* ---------------------------------------------------------------------------------- counting
 
    counts[p][k] = the ones of x[p] ^ weight[k] (or of x[p] & weight[k]) over `rows` rows of taps,
-   `count` words each; from row to row x moves on by x_row words, the weights by w_row. */
+   `count` words each; from row to row x moves on by x_row words, the weights by w_row. `halves`:
+   of the outputs of a block, of which the last may have few. */
 
 #if AVX512
 
-ALWAYS void count_ones(int positions, int steps, const uint64_t *const *x, long x_row,
+ALWAYS void count_ones(int positions, int steps, int halves, const uint64_t *const *x, long x_row,
                        const Weight *weight, long w_row, long rows, long count,
                        int32_t counts[TILE][BLOCK]) {
     __m512i sum[TILE][4];
     for (int p = 0; p < positions; p++)
-        for (int v = 0; v < 4; v++) sum[p][v] = _mm512_setzero_si512();
+        for (int v = 0; v < 2 * halves; v++) sum[p][v] = _mm512_setzero_si512();
     for (long row = 0; row < rows; row++)
         for (long j = 0; j < count; j++) {
             const __m512i *w = (const __m512i *)(weight + row * w_row * BLOCK + j * BLOCK);
             for (int p = 0; p < positions; p++) {
                 __m512i one = _mm512_set1_epi64(x[p][row * x_row + j]);
-                for (int v = 0; v < 4; v++) {
+                for (int v = 0; v < 2 * halves; v++) {
                     __m512i both = steps ? _mm512_and_si512(one, w[v]) : _mm512_xor_si512(one, w[v]);
                     sum[p][v] = _mm512_add_epi64(sum[p][v], _mm512_popcnt_epi64(both));
                 }
             }
         }
     for (int p = 0; p < positions; p++)
-        for (int v = 0; v < 4; v++)
+        for (int v = 0; v < 2 * halves; v++)
             _mm256_storeu_si256((__m256i *)(counts[p] + 8 * v), _mm512_cvtepi64_epi32(sum[p][v]));
 }
 
@@ -144,12 +145,12 @@ static const uint8_t ANSWERS[2][16][16] __attribute__((aligned(64))) = {
      ROW(op, 14), ROW(op, 15)}
     TABLE(^), TABLE(&)};
 
-ALWAYS void count_ones(int positions, int steps, const uint64_t *const *x, long x_row,
+ALWAYS void count_ones(int positions, int steps, int halves, const uint64_t *const *x, long x_row,
                        const Weight *weight, long w_row, long rows, long count,
                        int32_t counts[TILE][BLOCK]) {
     __m256i wide[TILE][4];
     for (int p = 0; p < positions; p++)
-        for (int v = 0; v < 4; v++) wide[p][v] = _mm256_setzero_si256();
+        for (int v = 0; v < 2 * halves; v++) wide[p][v] = _mm256_setzero_si256();
     for (long row = 0; row < rows; row++)
         for (long start = 0; start < count; start += 3) {
             __m256i sum[TILE][2];
@@ -161,26 +162,29 @@ ALWAYS void count_ones(int positions, int steps, const uint64_t *const *x, long 
                     bytes[p] = (const uint8_t *)(x[p] + row * x_row + j);
                 for (int b = 0; b < 8; b++)
                     for (int high = 0; high < 2; high++, w += BLOCK) {
-                        __m256i w0 = _mm256_load_si256((const __m256i *)w);
-                        __m256i w1 = _mm256_load_si256((const __m256i *)(w + 32));
+                        const __m256i w0 = _mm256_load_si256((const __m256i *)w);
+                        const __m256i w1 = _mm256_load_si256((const __m256i *)(w + 32));
                         for (int p = 0; p < positions; p++) {
                             long entry = high ? bytes[p][b] & 0xf0 : bytes[p][b] << 4 & 0xf0;
                             __m256i answers = _mm256_broadcastsi128_si256(
                                 *(const __m128i *)(ANSWERS[steps][0] + entry));
                             sum[p][0] = _mm256_add_epi8(sum[p][0], _mm256_shuffle_epi8(answers, w0));
-                            sum[p][1] = _mm256_add_epi8(sum[p][1], _mm256_shuffle_epi8(answers, w1));
+                            if (halves == 2)
+                                sum[p][1] = _mm256_add_epi8(sum[p][1], _mm256_shuffle_epi8(answers, w1));
+                            /* in this order: to keep all answers there is no room */
+                            __asm__("" : "+x"(sum[p][0]), "+x"(sum[p][1]));
                         }
                     }
             }
             for (int p = 0; p < positions; p++)
-                for (int v = 0; v < 4; v++) {
+                for (int v = 0; v < 2 * halves; v++) {
                     __m256i half = sum[p][v / 2];
                     __m128i part = v % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
                     wide[p][v] = _mm256_add_epi16(wide[p][v], _mm256_cvtepu8_epi16(part));
                 }
         }
     for (int p = 0; p < positions; p++)
-        for (int v = 0; v < 8; v++) {
+        for (int v = 0; v < 4 * halves; v++) {
             __m256i half = wide[p][v / 2];
             __m128i part = v % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
             _mm256_storeu_si256((__m256i *)(counts[p] + 8 * v), _mm256_cvtepu16_epi32(part));
@@ -201,7 +205,7 @@ ALWAYS vu popcount(vu v) {
     return (v + (v >> 32)) & 127;
 }
 
-ALWAYS void count_ones(int positions, int steps, const uint64_t *const *x, long x_row,
+ALWAYS void count_ones(int positions, int steps, int halves, const uint64_t *const *x, long x_row,
                        const Weight *weight, long w_row, long rows, long count,
                        int32_t counts[TILE][BLOCK]) {
     for (int p = 0; p < positions; p++) {
@@ -210,10 +214,10 @@ ALWAYS void count_ones(int positions, int steps, const uint64_t *const *x, long 
             for (long j = 0; j < count; j++) {
                 const vu *w = (const vu *)(weight + (row * w_row + j) * BLOCK);
                 vu one = (vu){0} + x[p][row * x_row + j];
-                for (int v = 0; v < BLOCK / 2; v++)
+                for (int v = 0; v < halves * BLOCK / 4; v++)
                     sum[v] += popcount(steps ? one & w[v] : one ^ w[v]);
             }
-        for (int k = 0; k < BLOCK; k++) counts[p][k] = sum[k / 2][k % 2];
+        for (int k = 0; k < halves * BLOCK / 2; k++) counts[p][k] = sum[k / 2][k % 2];
     }
 }
 
@@ -263,7 +267,7 @@ ALWAYS void keep(const Result *to, long position, long first, long outputs, int3
 /* ------------------------------------------------------------------------------ convolution */
 
 /* One tile: output pixels ox ... ox + positions - 1 of a row, which have the same taps inside. */
-ALWAYS void tile(int positions, int steps, const Shape *s, const uint64_t *x, const Weight *weight,
+ALWAYS void tile(int positions, int steps, int halves, const Shape *s, const uint64_t *x, const Weight *weight,
                  long oy, long ox, long image, long block, const Result *to) {
     Range rows = inside(oy, s->sh, s->ph, s->kh, s->h), taps = inside(ox, s->sw, s->pw, s->kw, s->w);
     const long width = greater(0, taps.last - taps.first), height = greater(0, rows.last - rows.first);
@@ -282,17 +286,18 @@ ALWAYS void tile(int positions, int steps, const Shape *s, const uint64_t *x, co
                 for (long j = 0; j < count; j++)
                     base[p] -= __builtin_popcountll(at[p][row * s->w * s->words + j]);
         }
-    count_ones(positions, steps, at, s->w * s->words,
+    count_ones(positions, steps, halves, at, s->w * s->words,
                weight + (rows.first * s->kw + taps.first) * s->words * PER_WORD * BLOCK,
                s->kw * s->words, height, count, counts);
     for (int p = 0; p < positions; p++) {
-        for (int k = 0; k < BLOCK; k++) counts[p][k] = base[p] + (steps ? 2 : -2) * counts[p][k];
+        for (int k = 0; k < halves * BLOCK / 2; k++)
+            counts[p][k] = base[p] + (steps ? 2 : -2) * counts[p][k];
         keep(to, (image * s->oh + oy) * s->ow + ox + p, block * BLOCK, s->o, counts[p]);
     }
 }
 
 /* One row of outputs, in tiles; at its ends a tile has fewer taps and is one pixel wide. */
-ALWAYS void sum_row(int steps, const Shape *s, const uint64_t *x, const Weight *weight, long oy,
+ALWAYS void sum_row(int steps, int halves, const Shape *s, const uint64_t *x, const Weight *weight, long oy,
                     long image, long block, const Result *to) {
     weight += block * BLOCK * s->kh * s->kw * s->words * PER_WORD;
     for (long ox = 0; ox < s->ow;) {
@@ -303,10 +308,10 @@ ALWAYS void sum_row(int steps, const Shape *s, const uint64_t *x, const Weight *
             if (last.first != taps.first || last.last != taps.last) break;
         }
         switch (positions) {
-            case 1: tile(1, steps, s, x, weight, oy, ox, image, block, to); break;
-            case 2: tile(2, steps, s, x, weight, oy, ox, image, block, to); break;
-            case 3: tile(3, steps, s, x, weight, oy, ox, image, block, to); break;
-            default: tile(4, steps, s, x, weight, oy, ox, image, block, to);
+            case 1: tile(1, steps, halves, s, x, weight, oy, ox, image, block, to); break;
+            case 2: tile(2, steps, halves, s, x, weight, oy, ox, image, block, to); break;
+            case 3: tile(3, steps, halves, s, x, weight, oy, ox, image, block, to); break;
+            default: tile(4, steps, halves, s, x, weight, oy, ox, image, block, to);
         }
         ox += positions;
     }
@@ -319,10 +324,12 @@ EXPORT void sums(const Shape *s, const uint64_t *x, const Weight *weight, float 
 #pragma omp parallel for collapse(2) schedule(static) num_threads(s->threads)
     for (long row = 0; row < rows; row++)
         for (long block = 0; block < blocks; block++)
-            if (s->low)
-                sum_row(0, s, x, weight, row % s->oh, row / s->oh, block, &to);
+            if (s->low && s->o - block * BLOCK > BLOCK / 2)
+                sum_row(0, 2, s, x, weight, row % s->oh, row / s->oh, block, &to);
+            else if (s->low)
+                sum_row(0, 1, s, x, weight, row % s->oh, row / s->oh, block, &to);
             else
-                sum_row(1, s, x, weight, row % s->oh, row / s->oh, block, &to);
+                sum_row(1, 2, s, x, weight, row % s->oh, row / s->oh, block, &to);
 }
 
 /* ------------------------------------------------------------------------- the layer of pixels
