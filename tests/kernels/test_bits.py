@@ -1,5 +1,6 @@
 """Each compiled kernel against its definition in NumPy, for every instruction set there is here."""
 
+import copy
 from contextlib import contextmanager
 from itertools import product
 
@@ -14,6 +15,7 @@ from bnnlib.kernels import bits, compiled, definitions
 from bnnlib.kernels.bits import Operands, Weights
 from bnnlib.kernels.geometry import MOST_PIXELS, Geometry
 from bnnlib.layers import BinaryConv2d, BinaryLinear
+from bnnlib.names import QUANTIZERS
 from bnnlib.packed.fold import pixel_values
 
 HERE = compiled.sets_here()
@@ -210,6 +212,7 @@ LAYERS = {
     "border of -1": lambda: BinaryConv2d(20, 24, 3, pad_value=-1.0),
     "no bias": lambda: BinaryConv2d(20, 24, 1, bias=False),
     "dense": lambda: BinaryLinear(20, 24),
+    "weights with another slope": lambda: BinaryLinear(20, 24, quantizer=QUANTIZERS["clipped"]),
 }
 
 
@@ -317,3 +320,37 @@ def test_kernels_are_for_layers_that_are_large_enough(kernels, inputs, outputs, 
             assert bits.pays(shape) == wide
         one = bits._shape((n, 1, 1), (outputs, 1, 1), inputs, -1, Geometry())
         assert not bits.pays(one)
+
+
+def plainly(layer):
+    """Ways to compute in which words would be wrong: a function of the inputs for each."""
+    real = BinaryLinear(20, 24, quantizer=QUANTIZERS["real"])
+    scaled = BinaryLinear(20, 24, quantizer=QUANTIZERS["scaled_sign"])
+
+    def autocast(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    one = torch.func.vmap(lambda row: layer(row[None])[0])
+    return {
+        "real weights": real,
+        "scaled signs": scaled,
+        "autocast": autocast,
+        "float64": lambda x: copy.deepcopy(layer).double()(x.double()),
+        "vmap": one,
+        "compiled": torch.compile(layer, backend="eager"),
+        "real inputs": lambda x: layer(x * 0.3),
+        "traced": lambda x: torch.jit.trace(layer, x, check_trace=False)(x),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", plainly(None))
+def test_elsewhere_pytorch_computes(way, each_set, generator, monkeypatch):
+    layer, found = BinaryLinear(20, 24, generator=generator), []
+    packed = Operands.packed
+    monkeypatch.setattr(Operands, "packed", lambda *a: found.append(packed(*a)) or found[-1])
+    x = torch.randint(0, 2, (8, 20), generator=generator).float() * 2 - 1
+    y = plainly(layer)[way](x)
+    assert y.shape == (8, 24)
+    assert found in ([], [None])
