@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, isfinite, nan
 
@@ -213,6 +214,10 @@ class Step:
         self.state.steps += 1
 
     def _train(self) -> None:
+        with _repeatable(self.order.device):
+            self._train_once()
+
+    def _train_once(self) -> None:
         model, optimizer = self.state.model, self.state.optimizer
         optimizer.zero_grad()  # so that the last gradients leave room for the activations
         x, labels = self.batches.take(self.order.index_select(0, self.next)[0])
@@ -230,6 +235,21 @@ class Step:
         self.losses.index_copy_(0, self.next, loss.detach().float().view(1))
         self.wrong.index_copy_(0, self.next, mistakes(logits.detach(), labels).sum().view(1))
         self.next.add_(1)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Inside the `with` block cuDNN adds in the same order each time.
+
+    By default it takes kernels, for the gradient of some weights, whose threads add as they come.
+    """
+    before = torch.backends.cudnn.deterministic
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _can_be_captured(state: TrainingState, loss: Loss) -> bool:

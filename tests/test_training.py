@@ -16,7 +16,15 @@ from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet
 from bnnlib.optim import BinaryAdam, make_optimizer, parameter_groups
-from bnnlib.training import EvaluationMode, Step, TrainingState, evaluate, fit, train_epoch
+from bnnlib.training import (
+    EvaluationMode,
+    Step,
+    TrainingState,
+    _repeatable,
+    evaluate,
+    fit,
+    train_epoch,
+)
 
 
 def seeded(seed=0):
@@ -474,3 +482,14 @@ def test_chance_is_that_of_the_classes_whose_errors_were_counted():
     columns = {f"{split}_error_class_{i}": nan for split in ("train", "test") for i in range(4)}
     assert History([{"epoch": 1, **columns}]).chance == 0.75
     assert History([{"epoch": 1, "train_error": 0.5}]).chance == 0.9
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
+def test_a_step_on_a_gpu_adds_in_one_order(device, expected):
+    """cuDNN may add in another order each time; two runs on an H100 then differed."""
+    cudnn = torch.backends.cudnn
+    assert not cudnn.deterministic
+    with pytest.raises(KeyError), _repeatable(torch.device(device)):
+        assert cudnn.deterministic == expected
+        raise KeyError
+    assert not cudnn.deterministic
