@@ -2,7 +2,7 @@
 
 In: a `Setting`. Out: a `Contender`: the network of `bnnlib.models`, trained on uint8 images in
 memory with the squared hinge loss. Others are in `naive.py` and, with libraries of their own, in
-`peers.py`.
+`peers.py`; those that evaluate a network are in `engines.py`.
 """
 
 from collections import OrderedDict
@@ -10,25 +10,56 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.settings import KERNEL, LEARNING_RATE, Setting, made_up, shapes
 from bnnlib.batches import Batches
 from bnnlib.data.images import scale_pixels
 from bnnlib.experiments.build import build_model
 from bnnlib.experiments.originals import published
+from bnnlib.kernels.compiled import SETS, library, sets_here
 from bnnlib.kernels.precision import resolve_precision
 from bnnlib.losses import squared_hinge_loss
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.training import Step, TrainingState, evaluate
 
 
-class Contender:
-    """A model, its optimizer, and images on the device; a subclass builds the first two."""
+class Entrant:
+    """What a process of its own is for: a contender, or the machine's limit."""
 
     summary: str
     requires: tuple[str, ...] = ()  # optional libraries
-    devices = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    kernels: str | None = None  # of which instruction set, or "off"; None: the best of the machine
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this machine cannot have it, or need not."""
+        here = sets_here()
+        if cls.kernels in (None, "off"):
+            return None
+        if cls.kernels not in here:
+            return f"this processor has no {cls.kernels}"
+        if cls.kernels == here[0]:
+            return "these are the kernels that are taken here anyway"
+        return None if library(cls.kernels) else "no compiler builds the kernels here"
+
+
+def forced(kind: type[Entrant], kernels: str) -> type[Entrant]:
+    """The same with these kernels, as on a processor that has no better ones; "off" for none."""
+    how = "no kernels in C" if kernels == "off" else f"its kernels for {kernels}"
+    about = {"kernels": kernels, "devices": ("cpu",), "summary": f"{kind.summary}, with {how}"}
+    return type(kind.__name__, (kind,), about)
+
+
+def on_each_set(name: str, kind: type[Entrant]) -> dict[str, type[Entrant]]:
+    """A contender as users have it, and forced to each instruction set in turn."""
+    return {name: kind} | {f"{name}, {kernels}": forced(kind, kernels) for kernels in SETS}
+
+
+class Contender(Entrant):
+    """A model, its optimizer, and images on the device; a subclass builds the first two."""
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -110,13 +141,17 @@ class PlainLoop(Contender):
         loss_sum, wrong = 0.0, 0
         for index in order.split(self.setting.batch_size):
             x = scale_pixels(images[index]).contiguous(memory_format=self.layout)
-            logits = self.model(x)
+            logits = self.scores(x)
             loss = squared_hinge_loss(logits, labels[index])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             loss_sum += loss.item()
             wrong += (logits.argmax(dim=1) != labels[index]).sum().item()
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The forward pass."""
+        return self.model(x)
 
 
 class FloatTwin(PlainLoop):
@@ -141,6 +176,27 @@ class TunedFloatTwin(FloatTwin):
         super().build()
         parameters = self.model.parameters()
         self.optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+
+
+class HalfFloatTwin(TunedFloatTwin):
+    """The tuned twin with products in bfloat16, which recent processors take twice as fast."""
+
+    summary = "the tuned float twin under torch.autocast, with products in bfloat16"
+    devices = ("cpu",)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if has_bfloat16() else "this processor has no products in bfloat16"
+
+    def scores(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x).float()
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies numbers of bfloat16 itself."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def conv2d(inputs: int, outputs: int) -> nn.Conv2d:

@@ -12,19 +12,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
 import click
 
+from benchmarks.records import recorded, save
 from benchmarks.rounds import PAUSE, Row, paired, quartiles, rotated
 from benchmarks.settings import Setting
 from benchmarks.timings import CONTENTION
-from benchmarks.training import machine, own_versions
 from benchmarks.workers import Worker
 from bnnlib.errors import BnnlibError
-from bnnlib.files import make_folder, write_json
 from bnnlib.process import BRIEFLY
 
 LIBRARY = 300_000  # turns of GNU's library where nobody says anything (libgomp's env.c)
@@ -155,32 +153,28 @@ def main(quick: bool, out: Path | None) -> None:
     try:
         results = run(settings, SPINS[::2] if quick else SPINS, rounds)
         if out:
-            make_folder(out.parent)
-            write_json(out, results)
-            click.echo(out)
+            save(results, out)
     except BnnlibError as error:
         raise click.ClickException(str(error)) from error
 
 
 def run(settings: Sequence[Setting], spins: Sequence[int], rounds: int) -> Row:
     """All rows, told as they come, with what they were measured on."""
-    about = machine(2, "cpu")
-    started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    rows = []
-    for setting in settings:
-        rows += measure(setting, spins, rounds)
-        click.echo("\n".join(map(told, rows[-len(ways(spins)) :])))
-    return {
-        "started": started,
-        "seconds": round(time.perf_counter() - start),
-        "rounds": rounds,
-        "batch_size": settings[0].batch_size,
-        "ours": OURS,
-        "library": spins[0],
-        "machine": about,
-        "versions": own_versions(),
-        "contention": rows,
-    }
+
+    def measured() -> Row:
+        rows = []
+        for setting in settings:
+            rows += measure(setting, spins, rounds)
+            click.echo("\n".join(map(told, rows[-len(ways(spins)) :])))
+        return {
+            "rounds": rounds,
+            "batch_size": settings[0].batch_size,
+            "ours": OURS,
+            "library": spins[0],
+            "contention": rows,
+        }
+
+    return recorded(measured)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from benchmarks.contenders import PlainLoop, assemble, draw
+from benchmarks.contenders import Entrant, PlainLoop, assemble, draw
 from benchmarks.settings import KERNEL, LEARNING_RATE, Setting, made_up, shapes
 
 os.environ["TF_USE_LEGACY_KERAS"] = "1"  # Larq needs Keras 2; TensorFlow reads it when imported
@@ -56,7 +56,7 @@ class _ClippingAdam(torch.optim.Adam):
             p.data.clamp_(-1, 1)
 
 
-class Larq:
+class Larq(Entrant):
     """The network in Larq, trained by Keras' `train_on_batch`, which compiles the step."""
 
     summary = "the same binary network in Larq, on TensorFlow; its process holds PyTorch too"

@@ -6,17 +6,19 @@ slow moment of the machine slows both sides.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.limits import WORDS
 from benchmarks.settings import Setting, training_flops
-from benchmarks.workers import CONTENDERS, LIMIT, TEST_IMAGES, Crew, working
+from benchmarks.workers import LIMIT, RATES, Crew, working
 
 Row = dict[str, Any]
-TWIN, TUNED = "float twin", "float twin, tuned"
-GROWING = ("bnnlib", TWIN)
-PAUSE = 0.3  # seconds after a turn, in which its idle threads stop spinning
+WHERE = ("network", "width", "batch_size", "threads")
+GROWING = ("bnnlib", "float twin")
+PAUSE = 0.1  # seconds after a turn, in which its idle threads stop spinning
 
 
 def turns(crew: Crew, rounds: int) -> dict[str, list[Any]]:
@@ -28,7 +30,7 @@ def turns(crew: Crew, rounds: int) -> dict[str, list[Any]]:
     answers: dict[str, list[Any]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in rotated(names, number):
-            answer = crew.workers[name].ask("measure" if name == LIMIT else "epoch")
+            answer = crew.workers[name].ask("measure" if name in (LIMIT, RATES) else "epoch")
             time.sleep(PAUSE)
             if number:
                 answers[name].append(answer)
@@ -41,33 +43,59 @@ def rotated(names: list, number: int) -> list:
     return names[first:] + names[:first]
 
 
-def compare(setting: Setting, rounds: int) -> tuple[list[Row], Row, dict[str, Row]]:
-    """A row for each contender, the machine's limit, and what each worker said of itself."""
-    with working([*CONTENDERS, LIMIT], setting) as crew:
+@dataclass
+class Comparison:
+    """What became of the rounds at one setting."""
+
+    setting: Setting
+    seconds: dict[str, list[float]]  # of a step of each contender, round by round
+    limit: list[Row]  # what the machine's limit answered
+    about: dict[str, Row]  # what each worker said when it was built
+    last: dict[str, Any]  # what each answered to a question in the end
+
+    @property
+    def where(self) -> Row:
+        """What tells the setting from others."""
+        return {name: getattr(self.setting, name) for name in WHERE}
+
+    def row(self, name: str, references: dict[str, Sequence[float]]) -> Row:
+        """A contender's pace."""
+        about = {**self.where, "contender": name}
+        return about | speed(self.seconds[name], self.setting.batch_size, references)
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """The versions of what contenders imported."""
+        return {k: v for said in self.about.values() for k, v in said.get("versions", {}).items()}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Which were not measured, and why."""
+        return {name: said["missing"] for name, said in self.about.items() if "missing" in said}
+
+
+def compare(
+    names: Iterable[str], setting: Setting, rounds: int, limit: str = LIMIT, question: str = ""
+) -> Comparison:
+    """Every contender in interleaved rounds, with the limit of that name; then the question."""
+    with working([*names, limit], setting) as crew:
         answers = turns(crew, rounds)
-    limit = limit_row(setting, answers.pop(LIMIT))
-    steps = {name: [s / setting.steps for s in taken] for name, taken in answers.items()}
-    rows = [
-        {"network": setting.network, "width": setting.width, "contender": name}
-        | speed(name, steps, limit["seconds"], setting.batch_size)
-        for name in steps
-    ]
-    return rows, limit, crew.about
+        asked = {n: w.ask(question) for n, w in crew.workers.items() if question and n != limit}
+    limits = answers.pop(limit)
+    seconds = {name: [s / setting.steps for s in taken] for name, taken in answers.items()}
+    return Comparison(setting, seconds, limits, crew.about, asked)
 
 
-def speed(name: str, steps: dict[str, list[float]], limit: Sequence[float], batch_size: int) -> Row:
-    """One contender's pace, from the seconds of a step of all of them in each round.
+def speed(own: Sequence[float], batch_size: int, references: dict[str, Sequence[float]]) -> Row:
+    """One contender's pace, from the seconds of a step in each round.
 
-    `speed_to_twin`, `speed_to_tuned_twin` and `share_of_limit` are quartiles of the rounds'
-    ratios: 2 is twice as fast.
+    The references, such as "speed_to_twin", become quartiles of the rounds' ratios: 2 is twice as
+    fast.
     """
-    own = steps[name]
     return {
         "milliseconds": quartiles([1000 * s for s in own]),
         "images_per_second": quartiles([batch_size / s for s in own]),
-        "speed_to_twin": paired(steps[TWIN], own),
-        "speed_to_tuned_twin": paired(steps[TUNED], own),
-        "share_of_limit": paired(limit, own),
+        **{name: paired(reference, own) for name, reference in references.items()},
         "rounds": [1000 * s for s in own],
     }
 
@@ -83,43 +111,69 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"low": low, "median": middle, "high": high}
 
 
-def limit_row(setting: Setting, rounds: Sequence[Row]) -> Row:
-    """The machine's limit: each product in the layout that is faster in the median."""
-    products = [best_layout(p) for p in zip(*(r["products"] for r in rounds), strict=True)]
-    seconds = [sum(of_round) for of_round in zip(*(p.pop("rounds") for p in products), strict=True)]
+def limit_row(found: Comparison) -> Row:
+    """The machine's limit: each product in the layout that is faster in the median.
+
+    "kernel_seconds" is the same where the kernels take the products that they are faster at.
+    """
+    products = [fastest(p) for p in zip(*(r["products"] for r in found.limit), strict=True)]
+    floats, kernels = (
+        [sum(of_round) for of_round in zip(*(p.pop(name) for p in products), strict=True)]
+        for name in ("rounds", "kernel_rounds")
+    )
+    s = found.setting
     return {
-        "network": setting.network,
-        "width": setting.width,
-        "flops": setting.batch_size * training_flops(setting.network, setting.width),
-        "seconds": seconds,
+        **found.where,
+        "flops": s.batch_size * training_flops(s.network, s.width),
+        "seconds": floats,
+        "kernel_seconds": kernels,
         "products": products,
-        "gemm_flops_per_second": quartiles([r["gemm_flops_per_second"] for r in rounds]),
+        "rates": rates_row(found.limit),
     }
 
 
-def best_layout(rounds: Sequence[Row]) -> Row:
-    """One product, from its seconds by layout in each round."""
+def rates_row(rounds: Sequence[Row]) -> Row:
+    """Quartiles of each of the machine's rates."""
+    return {name: quartiles([r["rates"][name] for r in rounds]) for name in rounds[0]["rates"]}
+
+
+def fastest(rounds: Sequence[Row]) -> Row:
+    """One product, from its seconds by way in each round.
+
+    "seconds" are those of the faster layout, "kernel_seconds" those of the kernels: None where
+    they do not take it.
+    """
     first = rounds[0]
     taken = {way: [r["seconds"][way] for r in rounds] for way in first["seconds"]}
     middle = {way: median(seconds) for way, seconds in taken.items()}
+    kernel = middle.pop(WORDS, None)
     layout = min(middle, key=middle.get)
-    about = {name: first[name] for name in ("layer", "kind", "flops")}
-    return about | {"layout": layout, "seconds": middle[layout], "rounds": taken[layout]}
+    faster = WORDS if kernel and kernel < middle[layout] else layout
+    return {
+        **{name: first[name] for name in ("layer", "kind", "flops", "bytes")},
+        "layout": layout,
+        "seconds": middle[layout],
+        "kernel_seconds": kernel,
+        "rounds": taken[layout],
+        "kernel_rounds": taken[faster],
+    }
 
 
-def memory(setting: Setting, rounds: int) -> list[Row]:
-    """Peak memory of each contender that holds both sets, when it has trained, and tested too.
+def memory(
+    names: Iterable[str], setting: Setting, rounds: int, acts: dict[str, str], **shared: Any
+) -> list[Row]:
+    """The peak of each contender's memory after each act, by the names of `acts`.
 
     In new processes each round: where the C library puts things differs from one to the next.
     """
     fields = ("network", "width", "batch_size", "images", "test_images")
-    shared = {name: getattr(setting, name) for name in fields} | {"tested": TEST_IMAGES}
+    shared |= {name: getattr(setting, name) for name in fields}
     seen: dict[str, list[Row]] = {}
     for _ in range(rounds):
-        with working(CONTENDERS, setting) as crew:
+        with working(names, setting) as crew:
             for name, worker in crew.workers.items():
                 row = {"imports_bytes": crew.about[name]["imports_bytes"]}
-                for act, peak in (("epoch", "trained_peak_bytes"), ("evaluate", "peak_bytes")):
+                for peak, act in acts.items():
                     worker.ask(act)
                     row[peak] = worker.ask("memory")
                 seen.setdefault(name, []).append(row)

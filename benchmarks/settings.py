@@ -28,6 +28,7 @@ class Setting:
     test_images: int = 0  # held as well
     threads: int = 2
     device: str = "cpu"
+    folder: str = ""  # with the files of a network that is evaluated
 
     @property
     def epoch_images(self) -> int:
@@ -78,6 +79,11 @@ def training_flops(network: str, width: float) -> int:
     """
     first, *rest = shapes(network, width)
     return 2 * first.flops + 3 * sum(shape.flops for shape in rest)
+
+
+def forward_flops(network: str, width: float) -> int:
+    """Operations of one image's scores."""
+    return sum(shape.flops for shape in shapes(network, width))
 
 
 def made_up(n: int, split: str, device: str = "cpu") -> ImageSet:

@@ -18,15 +18,15 @@ RUN = ["-m", "bnnlib", "run", "--device", "cpu", "--out", "run"]
 ONE_STEP = ["--set", "epochs=1", "--set", "n_train=50", "--set", "n_test=50"]
 PROGRAMS = {
     "import torch": ["-c", "import torch"],
-    "import bnnlib.experiments": ["-c", "import bnnlib.experiments"],
+    "from bnnlib import run": ["-c", "from bnnlib import run"],
     "a run of one step, drawn digits": [*RUN, "svhn-random-labels", *ONE_STEP],
     "a run of one step, CIFAR-10 at full width": [
         *(*RUN, "cifar10-random-labels", "--profile", "full", *ONE_STEP, "--set", "n_valid=50"),
     ],
     "CIFAR-10 from disk": [
         "-c",
-        "import time, bnnlib.data as d; start = time.perf_counter(); d.load('cifar10', 'train'); "
-        "print(time.perf_counter() - start)",
+        "import time; from bnnlib import load; start = time.perf_counter(); "
+        "load('cifar10', 'train'); print(time.perf_counter() - start)",
     ],
 }
 

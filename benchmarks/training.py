@@ -3,28 +3,22 @@
 In: nothing but this machine. Out: `benchmarks/results/training.json` and its chart.
 """
 
-import io
-import os
-import platform
-import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-import numpy as np
-import psutil
-import torch
 
-import bnnlib
-from benchmarks.rounds import Row, compare, growth, growth_by_epochs, memory
+from benchmarks.records import recorded, save
+from benchmarks.rounds import Comparison, Row, compare, growth, growth_by_epochs, limit_row, memory
 from benchmarks.settings import LEARNING_RATE, Setting
 from benchmarks.startup import startup
 from benchmarks.timings import STORED, draw
 from benchmarks.workers import CONTENDERS, TEST_IMAGES
 from bnnlib.errors import BnnlibError
 from bnnlib.experiments.build import resolve_device
-from bnnlib.files import atomic_write, make_folder, write_json
+
+TWIN, TUNED = "float twin", "float twin, tuned"
+ACTS = {"trained_peak_bytes": "epoch", "peak_bytes": "evaluate"}
 
 
 @dataclass(frozen=True)
@@ -39,35 +33,36 @@ class Plan:
     epochs: tuple[int, ...]
 
 
-def full_plan(base: Setting) -> Plan:
-    """Everything, on the original's networks."""
-    quarter, small = replace(base, width=1 / 4, steps=8), replace(base, network="svhn", width=1 / 8)
+def full_plan(base: Setting, threads: tuple[int, ...] = (2, 1)) -> Plan:
+    """Everything, on the original's networks; what is less told about, with `threads[0]` only."""
+    base = replace(base, threads=threads[0])
+    quarter, eighth = replace(base, width=1 / 4, steps=4), replace(base, width=1 / 8, steps=8)
+    small = replace(eighth, network="svhn")
+    svhn, others = replace(base, network="svhn", steps=2), threads[1:]
     widths = {1 / 8: 16, 1 / 4: 8, 1 / 2: 4, 1: 2}  # steps of each
     return Plan(
         compared=(
-            replace(base, steps=2),
-            quarter,
-            replace(base, width=1 / 8, steps=16),
-            replace(base, network="svhn", steps=4),
+            *(base, quarter, eighth, svhn),
+            *(replace(s, threads=n) for n in others for s in (base, quarter, eighth)),
         ),
-        rounds=11,
-        memory=replace(base, steps=5, images=50_000, test_images=10_000),
+        rounds=5,
+        memory=replace(base, steps=3, images=50_000, test_images=10_000),
         growth={
             "batch_size": tuple(replace(quarter, batch_size=n) for n in (25, 50, 100, 200)),
             "width": tuple(replace(base, width=w, steps=n) for w, n in widths.items()),
-            "images": tuple(whole_epoch(small, n) for n in (5_000, 10_000, 20_000, 40_000)),
+            "images": tuple(whole_epoch(small, n) for n in (5_000, 10_000, 20_000)),
         },
-        growth_rounds=5,
+        growth_rounds=3,
         epochs=(1, 2, 4),
     )
 
 
-def quick_plan(base: Setting) -> Plan:
+def quick_plan(base: Setting, threads: tuple[int, ...] = (2, 1)) -> Plan:
     """A trial on narrow networks."""
-    narrow = replace(base, width=1 / 8, steps=4)
+    narrow = replace(base, width=1 / 8, steps=4, threads=threads[0])
     small = replace(narrow, network="svhn")
     return Plan(
-        compared=(narrow,),
+        compared=tuple(replace(narrow, threads=n) for n in threads),
         rounds=3,
         memory=replace(narrow, images=5_000, test_images=TEST_IMAGES),
         growth={
@@ -100,41 +95,21 @@ def whole_epoch(setting: Setting, images: int) -> Setting:
 # ---------------------------------------------------------------------------------- command
 
 
-def machine(threads: int, device: str) -> Row:
-    """What is measured on; `load` is how many other programs were at work just before."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "device": torch.cuda.get_device_name(device) if "cuda" in device else "cpu",
-        "system": platform.system(),
-        "load": round(psutil.getloadavg()[0], 2),
-    }
-
-
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name."""
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def measure(plan: Plan) -> Row:
     """All the rows of a plan, told as they come, what was skipped, and versions."""
     found: Row = {"speeds": [], "limits": [], "growth": []}
-    about: dict[str, Row] = {}
     for setting in plan.compared:
-        rows, limit, about = compare(setting, plan.rounds)
+        compared = compare(CONTENDERS, setting, plan.rounds)
+        rows, limit = speeds(compared)
         click.echo("\n".join(map(told, rows)))
         found["speeds"] += rows
         found["limits"].append(limit)
-    skipped = {name: said["missing"] for name, said in about.items() if "missing" in said}
+    skipped = compared.skipped
     for name, reason in skipped.items():
         click.echo(f"{name} was skipped: {reason}")
     click.echo("memory")
-    found["memory"] = memory(plan.memory, plan.growth_rounds)
+    names = [name for name, kind in CONTENDERS.items() if not kind.kernels]
+    found["memory"] = memory(names, plan.memory, 2, ACTS, tested=TEST_IMAGES)
     for by, settings in plan.growth.items():
         click.echo(f"growth by {by}")
         found["growth"] += growth(by, settings, plan.growth_rounds)
@@ -145,78 +120,63 @@ def measure(plan: Plan) -> Row:
     found["startup"], missing = startup(plan.growth_rounds)
     for name, reason in missing.items():
         click.echo(f"{name} was skipped: {reason}")
-    libraries = {k: v for said in about.values() for k, v in said.get("versions", {}).items()}
-    return found | {"skipped": skipped | missing, "libraries": libraries}
+    return {
+        "rounds": plan.rounds,
+        "batch_size": plan.memory.batch_size,
+        "learning_rate": LEARNING_RATE,
+        "contenders": {name: kind.summary for name, kind in CONTENDERS.items()},
+        **found,
+        "skipped": skipped | missing,
+        "libraries": compared.libraries,
+    }
+
+
+def speeds(found: Comparison) -> tuple[list[Row], Row]:
+    """A row for each contender, and the machine's limit."""
+    limit = limit_row(found)
+    references = {
+        "speed_to_twin": found.seconds[TWIN],
+        "speed_to_tuned_twin": found.seconds[TUNED],
+        "share_of_limit": limit["seconds"],
+    }
+    return [found.row(name, references) for name in found.seconds], limit
 
 
 def told(row: Row) -> str:
     """One row of `speeds` in a line."""
     share, ratio = 100 * row["share_of_limit"]["median"], row["speed_to_twin"]["median"]
-    name = f"{row['network']} x {row['width']:g}, {row['contender']}:"
+    name = f"{row['network']} x {row['width']:g}, threads: {row['threads']}, {row['contender']}:"
     pace = f"{row['milliseconds']['median']:8.1f} ms a step"
-    return f"{name:36} {pace}, {ratio:5.2f} x the float twin, {share:3.0f} % of the limit"
+    return f"{name:50} {pace}, {ratio:5.2f} x the float twin, {share:3.0f} % of the limit"
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Narrow networks and few rounds.")
-@click.option("--threads", default=2, show_default=True, help="Of each contender.")
+@click.option("--threads", multiple=True, type=int, help="Of each contender; repeatable. [2 1]")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     help="[benchmarks/results/training.json; none for --quick]",
 )
-def main(quick: bool, threads: int, device: str, out: Path | None) -> None:
+def main(quick: bool, threads: tuple[int, ...], device: str, out: Path | None) -> None:
     """Compare bnnlib's training step with other programs', on this machine."""
     if out is None and not quick:
         out = STORED
     plan = quick_plan if quick else full_plan
     try:
         resolve_device(device)
-        results = {"quick": quick, **run(for_device(plan(Setting(threads=threads, device=device))))}
+        threads = threads or ((2,) if "cuda" in device else (2, 1))
+        results = {"quick": quick, **run(for_device(plan(Setting(device=device), threads)))}
         if out:
-            save(results, out)
+            save(results, out, draw)
     except BnnlibError as error:
         raise click.ClickException(str(error)) from error
 
 
 def run(plan: Plan) -> Row:
     """Carry out a plan: everything that the file will hold."""
-    shared = plan.compared[0]
-    about = machine(shared.threads, shared.device)
-    started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    found = measure(plan)
-    return {
-        "started": started,
-        "seconds": round(time.perf_counter() - start),
-        "rounds": plan.rounds,
-        "batch_size": shared.batch_size,
-        "learning_rate": LEARNING_RATE,
-        "machine": about,
-        "versions": own_versions() | found.pop("libraries"),
-        "contenders": {name: kind.summary for name, kind in CONTENDERS.items()},
-        **found,
-    }
-
-
-def own_versions() -> dict[str, str]:
-    """What every contender runs on."""
-    return {
-        "bnnlib": bnnlib.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def save(results: Row, out: Path) -> None:
-    """Write the results, and their chart beside them."""
-    make_folder(out.parent)
-    write_json(out, results)
-    picture = io.BytesIO()
-    draw(results).savefig(picture, format="png")
-    atomic_write(out.with_suffix(".png"), picture.getvalue())
-    click.echo(out)
+    return recorded(lambda: measure(plan), plan.memory.device)
 
 
 if __name__ == "__main__":

@@ -21,25 +21,36 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.contenders import Bnnlib, FloatTwin, TunedFloatTwin
-from benchmarks.limits import Limits
+from benchmarks.contenders import (
+    Bnnlib,
+    FloatTwin,
+    HalfFloatTwin,
+    TunedFloatTwin,
+    forced,
+    on_each_set,
+)
+from benchmarks.engines import ENGINES, Reference
+from benchmarks.limits import Limits, Rates
 from benchmarks.naive import NaiveBnn
 from benchmarks.peers import Brevitas, Larq, versions
 from benchmarks.settings import Setting
 from bnnlib.errors import BnnlibError, check_name
+from bnnlib.kernels.compiled import VARIABLE
 from bnnlib.process import keep_freed_memory
 
 CONTENDERS = {
-    "bnnlib": Bnnlib,
+    **on_each_set("bnnlib", Bnnlib),
+    "bnnlib, no kernels": forced(Bnnlib, "off"),
     "float twin": FloatTwin,
     "float twin, tuned": TunedFloatTwin,
+    "float twin, bfloat16": HalfFloatTwin,
     "naive BNN": NaiveBnn,
     "Brevitas": Brevitas,
     "Larq": Larq,
 }
-LIMIT = "limit"
-SUBJECTS = {**CONTENDERS, LIMIT: Limits}
-TEST_IMAGES = 2000
+LIMIT, RATES, REFERENCE = "limit", "rates", "reference"
+SUBJECTS = {**CONTENDERS, **ENGINES, LIMIT: Limits, RATES: Rates, REFERENCE: Reference}
+TEST_IMAGES = 500
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -56,6 +67,8 @@ class Worker:
     def __init__(self, name: str, setting: Setting, environment: Mapping[str, str] | None = None):
         """`environment`: variables in addition to those of this process."""
         check_name("contender", name, SUBJECTS)
+        kernels = SUBJECTS[name].kernels
+        own = {VARIABLE: kernels} if kernels else {}
         self.name, self.errors = name, TemporaryFile()  # noqa: SIM115 - `close` closes it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workers", name, json.dumps(asdict(setting))],
@@ -64,7 +77,7 @@ class Worker:
             stderr=self.errors,
             text=True,
             cwd=REPOSITORY,
-            env=os.environ | (environment or {}),
+            env=os.environ | own | (environment or {}),
             start_new_session=True,
         )
 
@@ -154,6 +167,10 @@ class Subject:
         """The error on test images."""
         return self.subject.evaluate(TEST_IMAGES)
 
+    def scores(self) -> Any:
+        """What an engine makes of its images."""
+        return self.subject.scores()
+
     def memory(self) -> int:
         """The most memory that was taken so far, in bytes; on a GPU, by PyTorch's tensors."""
         if self.device.type == "cuda":
@@ -197,6 +214,8 @@ def prepare(name: str, setting: Setting) -> dict[str, Any]:
     kind = SUBJECTS[name]
     if torch.device(setting.device).type not in kind.devices:
         return {"missing": f"it is compared on {' and '.join(kind.devices)} only"}
+    if reason := kind.missing():
+        return {"missing": reason}
     torch.set_num_threads(setting.threads)
     keep_freed_memory()  # as `bnnlib.experiments.run` does; here for every contender
     try:

@@ -39,9 +39,9 @@ from notebooks import execution_content, merge, read, write
 from together import Progress, run_together
 
 ROOT = Path(__file__).resolve().parents[1]
-# They time training steps, which are slower while other chapters run; so
+# They time what they compute, which is slower while other chapters run; so
 # they run at the end, one after the other.
-TIMED = ("book/intro", "book/running", "book/performance")
+TIMED = ("book/11_bits", "book/intro", "book/running", "book/performance")
 PAGES = shutil.ignore_patterns("*.ipynb", "*.py", "*.toml", ".*", "__*__")
 MATHJAX = ("es5/tex-svg.js", "LICENSE")  # in the package `mathjax`
 

@@ -13,17 +13,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import contention, rounds, startup, training
-from benchmarks.contenders import Bnnlib, FloatTwin, TunedFloatTwin
-from benchmarks.limits import Limits, convolution_gradient
+from benchmarks import contenders, contention, inference, records, rounds, startup, training
+from benchmarks.contenders import Bnnlib, FloatTwin, HalfFloatTwin, TunedFloatTwin, forced
+from benchmarks.engines import ENGINES, HalfEager, Reference
+from benchmarks.limits import WORDS, Limits, Rates, convolution_gradient
 from benchmarks.naive import CopyingAdam, NaiveBnn
 from benchmarks.peers import Brevitas, Larq
-from benchmarks.settings import Setting, made_up, shapes, training_flops
-from benchmarks.timings import contention_table, load_timings
-from benchmarks.workers import LIMIT, Crew, Subject, WorkerDied, peak_memory, prepare, working
+from benchmarks.settings import Setting, forward_flops, made_up, shapes, training_flops
+from benchmarks.timings import ENGINE_LISTS, contention_table, draw, draw_inference, load_timings
+from benchmarks.workers import (
+    CONTENDERS,
+    LIMIT,
+    Crew,
+    Subject,
+    Worker,
+    WorkerDied,
+    peak_memory,
+    prepare,
+    working,
+)
 from bnnlib.cli import main
 from bnnlib.errors import InvalidValue
 from bnnlib.files import write_json
+from bnnlib.kernels.compiled import VARIABLE, library, sets_here
 from bnnlib.models import binarynet, count_parameters
 from bnnlib.optim import BinaryAdam, parameter_groups
 from bnnlib.runs.folder import load_run
@@ -43,10 +55,18 @@ TINY = Setting("svhn", width=1 / 16, batch_size=4, steps=2, threads=1)
     ("network", "forward", "step"), [("cifar10", 1.234, 3.695), ("svhn", 0.316, 0.945)]
 )
 def test_operations_of_an_image_in_billions(network, forward, step):
-    operations = sum(shape.flops for shape in shapes(network, 1)), training_flops(network, 1)
+    operations = forward_flops(network, 1), training_flops(network, 1)
     assert [n / 1e9 for n in operations] == pytest.approx([forward, step], abs=5e-4)
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """The rates of the machine are measured on little."""
+    monkeypatch.setattr("benchmarks.limits.COPIED", 1000)
+    monkeypatch.setattr("benchmarks.limits.GEMM_SIZES", (8,))
+
+
+@pytest.mark.usefixtures("brief")
 def test_the_limit_has_every_product_of_a_step_once():
     products = Limits(TINY).measure()["products"]
     names = [(p["layer"], p["kind"]) for p in products]
@@ -54,15 +74,38 @@ def test_the_limit_has_every_product_of_a_step_once():
     assert ("conv1", "data gradient") not in names
     of_batch = TINY.batch_size * training_flops(TINY.network, TINY.width)
     assert sum(p["flops"] for p in products) == of_batch
-    assert all(len(p["seconds"]) == 2 for p in products)
+    assert all(len(set(p["seconds"]) - {WORDS}) == 2 for p in products)
 
 
-def test_every_way_of_a_product_computes_the_same():
-    for product in Limits(TINY).products:
-        one, other = (way() for way in product.ways.values())
+@pytest.mark.usefixtures("brief")
+def test_every_way_of_a_product_computes_the_same_and_kernels_take_those_that_they_can():
+    kernels = set()
+    for product in Limits(replace(TINY, width=1 / 2)).products:
+        one, other, *words = (way() for way in product.ways.values())
         if product.layer.startswith("dense") and product.kind == "weight gradient":
             other = other.t()
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        for found in (other, *words):
+            torch.testing.assert_close(one, found, rtol=1e-4, atol=1e-4 * one.abs().max().item())
+        if words:
+            kernels.add(product.kind)
+            assert product.ways.keys() - {WORDS} < product.ways.keys()
+    assert {"forward", "weight gradient"} <= kernels or library() is None
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_bytes_of_a_product_are_those_of_its_three_tensors():
+    products = {(p.layer, p.kind): p for p in Limits(TINY).products}
+    x, w, g = 4 * TINY.batch_size * 64, 4 * 64 * 64, 4 * TINY.batch_size * 64
+    product = products["dense8", "weight gradient"]
+    assert product.bytes == {"floats": x + w + g, "words": x // 32 + w + g}
+    assert products["dense8", "data gradient"].bytes["words"] == x + w // 32 + g
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_rates_of_the_machine_are_positive():
+    rates = Rates(TINY).measure()["rates"]
+    assert set(rates) == {"floats", "bytes"} | ({"words"} if library() else set())
+    assert all(rate > 0 for rate in rates.values())
 
 
 def test_gradients_of_a_convolution_are_autograds(generator):
@@ -101,6 +144,40 @@ def test_tuned_and_plain_float_twin_compute_the_same(generator):
     assert not plain.optimizer.defaults["fused"]
 
 
+def test_the_twin_in_bfloat16_computes_nearly_the_same_and_is_skipped_where_it_is_no_use(
+    generator, monkeypatch
+):
+    tuned, half = TunedFloatTwin(TINY), HalfFloatTwin(TINY)
+    x = torch.rand(4, 3, 32, 32, generator=generator)
+    one, other = tuned.scores(x), half.scores(x)
+    assert other.dtype == torch.float32
+    assert 0 < (one - other).abs().mean() < 0.1 * one.abs().mean()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    for kind in (HalfFloatTwin, HalfEager):
+        assert "bfloat16" in kind.missing()
+
+
+def test_kernels_are_forced_by_the_environment_of_the_process():
+    portable, off = forced(Bnnlib, "portable"), forced(Bnnlib, "off")
+    assert portable.summary.endswith("with its kernels for portable")
+    assert portable.devices == off.devices == ("cpu",)
+    for name, kernels in {"bnnlib, no kernels": "off", "bnnlib, avx2": "avx2"}.items():
+        with closing(Worker(name, TINY)) as worker:
+            process = psutil.Process(worker.process.pid)
+            assert soon(lambda p=process, k=kernels: p.environ().get(VARIABLE) == k)
+
+
+def test_kernels_that_would_be_measured_twice_or_cannot_be_are_skipped(monkeypatch):
+    best = forced(Bnnlib, sets_here()[0])
+    assert "anyway" in best.missing()
+    assert Bnnlib.missing() is None
+    assert forced(Bnnlib, "off").missing() is None
+    monkeypatch.setattr(contenders, "sets_here", lambda: ["avx2", "portable"])
+    monkeypatch.setattr(contenders, "library", lambda name: None)
+    assert forced(Bnnlib, "avx512").missing() == "this processor has no avx512"
+    assert "no compiler" in forced(Bnnlib, "portable").missing()
+
+
 def test_a_step_of_the_naive_port_is_ours(generator):
     ours, naive = Bnnlib(TINY).model.double(), NaiveBnn(TINY).model.double()
     for name, p in naive.named_parameters():
@@ -128,8 +205,8 @@ def test_a_step_of_the_naive_port_is_ours(generator):
 
 @pytest.mark.parametrize("kind", [Brevitas, Larq])
 def test_a_peer_trains_as_many_numbers(kind):
-    for library in kind.requires:
-        pytest.importorskip(library)
+    for name in kind.requires:
+        pytest.importorskip(name)
     peer = kind(TINY)
     peer.epoch()
     assert 0 <= peer.evaluate(1) <= 1
@@ -154,19 +231,26 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_a_contenders_row_on_known_numbers():
-    steps = {"float twin": [0.2, 0.4], "float twin, tuned": [0.1, 0.2], "ours": [0.1, 0.1]}
-    row = rounds.speed("ours", steps, limit=[0.05, 0.05], batch_size=50)
+    references = {"speed_to_twin": [0.2, 0.4], "share_of_limit": [0.05, 0.05]}
+    row = rounds.speed([0.1, 0.1], 50, references)
     medians = [of["median"] for name, of in row.items() if name != "rounds"]
-    names = "milliseconds images_per_second speed_to_twin speed_to_tuned_twin share_of_limit"
-    assert list(row) == [*names.split(), "rounds"]
-    assert medians == pytest.approx([100, 500, 3, 1.5, 0.5])
+    assert list(row) == ["milliseconds", "images_per_second", *references, "rounds"]
+    assert medians == pytest.approx([100, 500, 3, 0.5])
 
 
 def test_a_product_counts_in_the_layout_that_is_faster_in_the_median():
-    about = {"layer": "conv1", "kind": "forward", "flops": 8}
+    about = {"layer": "conv1", "kind": "forward", "flops": 8, "bytes": {"floats": 4, "words": 2}}
     taken = [{**about, "seconds": {"NCHW": a, "NHWC": 2.0}} for a in (1.0, 9.0, 1.5)]
-    best = rounds.best_layout(taken)
-    assert best == {**about, "layout": "NCHW", "seconds": 1.5, "rounds": [1.0, 9.0, 1.5]}
+    own = {"rounds": [1.0, 9.0, 1.5], "kernel_seconds": None, "kernel_rounds": [1.0, 9.0, 1.5]}
+    assert rounds.fastest(taken) == {**about, "layout": "NCHW", "seconds": 1.5, **own}
+
+
+@pytest.mark.parametrize(("words", "faster"), [(0.5, 0.5), (2.0, 1.0)])
+def test_kernels_count_where_they_are_faster(words, faster):
+    about = {"layer": "conv2", "kind": "forward", "flops": 8, "bytes": {"floats": 4, "words": 2}}
+    best = rounds.fastest([{**about, "seconds": {"NCHW": 1.0, "NHWC": 3.0, WORDS: words}}])
+    assert (best["seconds"], best["kernel_seconds"]) == (1.0, words)
+    assert (best["rounds"], best["kernel_rounds"]) == ([1.0], [faster])
 
 
 def test_every_round_begins_with_another_and_the_first_is_not_kept(monkeypatch):
@@ -197,21 +281,28 @@ def working_here(names, setting):
     yield Crew({name: worker(name) for name in about}, about)
 
 
+@pytest.fixture
+def here(monkeypatch, brief):
+    """Workers live in this process, with few contenders, and nobody pauses."""
+    monkeypatch.setattr(rounds, "PAUSE", 0)
+    monkeypatch.setattr(rounds, "working", working_here)
+    monkeypatch.setattr(inference, "working", working_here)
+    monkeypatch.setattr(training, "CONTENDERS", OURS)
+    monkeypatch.setattr("benchmarks.workers.TEST_IMAGES", 10)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_whole_benchmark_is_written_and_read(monkeypatch, tmp_path, capsys):
     small = replace(TINY, test_images=10)
     growth = {"images": (small,), "width": (small,)}
     plan = training.Plan((small,), 2, small, growth, growth_rounds=2, epochs=(1, 2))
-    monkeypatch.setattr(rounds, "PAUSE", 0)
-    monkeypatch.setattr(rounds, "CONTENDERS", OURS)
-    monkeypatch.setattr(training, "CONTENDERS", OURS)
-    monkeypatch.setattr(rounds, "working", working_here)
-    monkeypatch.setattr("benchmarks.workers.TEST_IMAGES", 10)
     programs = {"one": ["-c", "print(1.5)"]}
     monkeypatch.setattr(training, "startup", lambda rounds: startup.startup(rounds, programs))
-    training.save(training.run(plan), tmp_path / "b" / "out.json")
+    records.save(training.run(plan), tmp_path / "b" / "out.json", draw)
     results = load_timings(tmp_path / "b" / "out.json")
     for name in ("speeds", "memory"):
         assert [row["contender"] for row in results[name]] == list(OURS)
+    assert {row["threads"] for row in results["speeds"] + results["limits"]} == {1}
     for row in results["memory"]:
         names = ("imports_bytes", "trained_peak_bytes", "peak_bytes")
         imported, trained, tested = (row[name]["median"] for name in names)
@@ -221,9 +312,78 @@ def test_a_whole_benchmark_is_written_and_read(monkeypatch, tmp_path, capsys):
     }
     (row,) = results["startup"]
     assert (row["program"], row["seconds"]["high"]) == ("one", 1.5)
-    assert results["machine"]["threads"] == 1
+    assert results["machine"]["kernels"] == getattr(library(), "set", "off")
     assert (tmp_path / "b" / "out.png").stat().st_size > 1000
     assert "naive BNN" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- inference
+
+
+NAMES = ("bnnlib, packed", "bnnlib, packed, portable", "bnnlib, not packed", "PyTorch")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_whole_benchmark_of_inference_is_written_and_read(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(inference, "ENGINES", {name: ENGINES[name] for name in NAMES})
+    monkeypatch.setattr("benchmarks.engines.export_onnx_where_possible", lambda *given: False)
+    plan = inference.Plan((TINY, replace(TINY, batch_size=1)), 2, TINY)
+    found = records.recorded(lambda: inference.measure(plan))
+    records.save(found, tmp_path / "out.json", draw_inference)
+    results = load_timings(tmp_path / "out.json", ENGINE_LISTS)
+    rows = results["engines"]
+    assert [row["batch_size"] for row in rows[:: len(NAMES)]] == [4, 1]
+    assert all(row["equal"] for row in rows if row["contender"].startswith("bnnlib"))
+    assert all(row["same_class"] == 1 for row in rows)  # the last is rounded otherwise, a little
+    assert "speed_to_compiled" not in rows[0]
+    assert [row["contender"] for row in results["memory"]] == [NAMES[0], *NAMES[2:]]
+    assert "Larq Compute Engine" in results["skipped"]
+    assert "equal" in capsys.readouterr().out
+
+
+def test_the_share_of_the_limit_is_that_of_the_rate_of_words():
+    setting = Setting("cifar10", batch_size=50)
+    rate, eager = {"rates": {"floats": 1e9, "words": 1e12, "bytes": 1e9}}, [[0.0, 1.0]]
+    seconds = {"PyTorch": [1.0, 1.0], "bnnlib, packed": [0.1, 0.1]}
+    last = {"PyTorch": [[0.5, 0.4]], "bnnlib, packed": eager}
+    found = rounds.Comparison(setting, seconds, [rate] * 2, {}, last)
+    (plain, packed), rates = inference.engines(found, eager)
+    assert packed["share_of_limit"]["median"] == pytest.approx(50 * 1.234e-3 / 0.1, rel=1e-3)
+    assert (packed["equal"], packed["same_class"], plain["same_class"]) == (True, 1, 0)
+    assert packed["speed_to_eager"]["median"] == pytest.approx(10)
+    assert rates["words"]["median"] == 1e12
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A setting with the files of its network, and the network's scores."""
+    setting = replace(TINY, folder=str(tmp_path_factory.mktemp("network")))
+    return setting, torch.tensor(Reference(setting).scores())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_computes_the_network(name, trained):
+    kind, (setting, expected) = ENGINES[name], trained
+    if "compiled" in name or kind.missing():
+        pytest.skip(kind.missing() or "compiling takes long")
+    for needed in kind.requires:
+        pytest.importorskip(needed)
+    engine = kind(setting)
+    engine.epoch()
+    scores = torch.tensor(engine.scores())
+    assert scores.shape == expected.shape
+    if name.startswith("bnnlib"):
+        assert torch.equal(scores, expected)
+    elif "8 bits" not in name and "bfloat16" not in name:
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_that_is_evaluated_has_negative_scales_and_knows_its_sums(trained):
+    state = Reference(trained[0]).model.state_dict()
+    weights = [t for name, t in state.items() if "norm" in name and name.endswith("weight")]
+    assert len(weights) == len(shapes(TINY.network, TINY.width))
+    assert (torch.cat(weights) < 0).any()
+    assert state["norm3.running_inv_std"].max() < 1
 
 
 # ------------------------------------------------------------------------------- contention
@@ -305,12 +465,22 @@ def test_the_peak_of_memory_is_more_than_what_is_held():
 
 @pytest.mark.parametrize("make", [training.quick_plan, training.full_plan])
 def test_in_a_plan_one_thing_grows_at_a_time(make):
-    plan = make(Setting(threads=1))
+    plan = make(Setting(), (1,))
     for by, settings in plan.growth.items():
         values = [getattr(setting, by) for setting in settings]
         assert values == sorted(set(values))
         assert len({replace(s, **{"steps": 1, "images": 0, by: 1}) for s in settings}) == 1
+        assert {s.threads for s in settings} == {1}
     assert all(s.images == s.epoch_images for s in plan.growth["images"])
+
+
+def test_plans_compare_every_number_of_threads_once_each_setting():
+    plans = [training.full_plan(Setting()), inference.full_plan()]
+    plans += [training.quick_plan(Setting()), inference.quick_plan()]
+    for plan in plans:
+        assert {s.threads for s in plan.compared} == {2, 1}
+        where = [tuple(getattr(s, n) for n in rounds.WHERE) for s in plan.compared]
+        assert len(set(where)) == len(where)
 
 
 def test_on_a_gpu_the_steps_of_a_turn_go_beyond_the_capture():
@@ -324,8 +494,8 @@ def test_on_a_gpu_the_steps_of_a_turn_go_beyond_the_capture():
 
 def test_a_processor_has_a_name(tmp_path):
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Abacus 3000\n")
-    assert training.processor(tmp_path / "cpuinfo") == "Abacus 3000"
-    assert training.processor(tmp_path / "none")
+    assert records.processor(tmp_path / "cpuinfo") == "Abacus 3000"
+    assert records.processor(tmp_path / "none")
 
 
 # ----------------------------------------------------------------------------------- workers
@@ -362,9 +532,10 @@ def test_larq_is_compared_on_a_processor_only():
 
 
 def test_each_optional_library_is_pinned():
-    pinned = Path(training.__file__).parents[1] / "requirements-bench.txt"
-    names = {line.partition("==")[0] for line in pinned.read_text().splitlines()}
-    for kind in training.CONTENDERS.values():
+    root, files = Path(training.__file__).parents[1], ("requirements", "requirements-bench")
+    lines = "\n".join((root / f"{name}.txt").read_text() for name in files).splitlines()
+    names = {line.partition("==")[0] for line in lines}
+    for kind in (CONTENDERS | ENGINES).values():
         assert set(kind.requires) <= names
 
 
