@@ -32,6 +32,11 @@ def _at(array: Tensor | NDArray | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to write to, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _shape(x: tuple, weight: tuple, channels: int, low: int, geometry: Geometry) -> Shape:
     """Of inputs (N, H, W, ...) and weights (O, kernel height, kernel width, ...)."""
     return Shape(
@@ -55,7 +60,7 @@ def pack(x: Tensor, latent: bool = False) -> tuple[Tensor, int] | None:
 
     None where x has other values. `latent`: words of sign(x), of any x without NaN.
     """
-    words = torch.empty(*x.shape[:-1], -(-x.shape[-1] // WORD), dtype=torch.int64)
+    words = _empty(*x.shape[:-1], -(-x.shape[-1] // WORD), dtype=torch.int64)
     rows, threads = prod(x.shape[:-1]), torch.get_num_threads()
     other = library().pack(_at(x), rows, x.shape[-1], latent, threads, _at(words))
     return None if other == 3 else (words, -1 if other != 1 else 0)
@@ -101,8 +106,8 @@ class Operands(NamedTuple):
 
     def sums(self, bias: Tensor | None) -> Tensor:
         """`definitions.sums` and the bias, (N, H', W', O)."""
-        s = self.shape
-        y = torch.empty(s.n, s.oh, s.ow, s.o)
+        s, bias = self.shape, None if bias is None else bias.detach().contiguous()
+        y = _empty(s.n, s.oh, s.ow, s.o)
         prepared = _prepared(self.weight, s)
         library().sums(_in_a_row(s), _at(self.x), _at(prepared), _at(y), _at(bias), None, None)
         return y
@@ -110,7 +115,7 @@ class Operands(NamedTuple):
     def weight_gradient(self, grad: Tensor) -> Tensor:
         """`definitions.weight_gradient`; `grad`: (N, H', W', O), contiguous."""
         s = self.shape
-        found = torch.empty(s.o, s.kh, s.kw, s.c)
+        found = _empty(s.o, s.kh, s.kw, s.c)
         library().weight_gradient(s, _at(self.x), _at(grad), _at(found))
         return found
 
@@ -122,7 +127,7 @@ class Operands(NamedTuple):
     def input_gradient(self, grad: Tensor) -> Tensor:
         """`definitions.input_gradient`; `grad`: (N, H', W', O), contiguous."""
         s = self.shape
-        found = torch.empty(s.n, s.h, s.w, s.c)
+        found = _empty(s.n, s.h, s.w, s.c)
         library().input_gradient(_in_a_row(s), _at(self.weight), _at(grad), _at(found))
         return found
 
@@ -130,7 +135,7 @@ class Operands(NamedTuple):
 def _prepared(weight: Tensor | Words, shape: Shape) -> Tensor:
     """Weights in the order in which the kernel reads them."""
     count = shape.kh * shape.kw * shape.words
-    prepared = torch.empty(library().prepared_bytes(shape.o, count), dtype=torch.uint8)
+    prepared = _empty(library().prepared_bytes(shape.o, count), dtype=torch.uint8)
     library().prepare(_at(weight), shape.o, count, shape.threads, _at(prepared))
     return prepared
 

@@ -93,9 +93,13 @@ def _as_words(
     return Operands.packed(x, weight, signs, geometry)
 
 
+# Where PyTorch no longer tells, its own products are right as well.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
 def _watched() -> bool:
     """Whether something records PyTorch's operations, and would miss what is not one of them."""
-    return traced() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return traced() or torch.jit.is_tracing() or _modes() > 0
 
 
 def _is_plain(x: Tensor) -> bool:

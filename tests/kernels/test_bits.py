@@ -354,3 +354,23 @@ def test_elsewhere_pytorch_computes(way, each_set, generator, monkeypatch):
     y = plainly(layer)[way](x)
     assert y.shape == (8, 24)
     assert found in ([], [None])
+
+
+def test_defaults_of_pytorch_and_strides_of_a_bias_change_nothing(each_set, generator):
+    layer = BinaryConv2d(20, 24, 3, generator=generator)
+    layer.bias = torch.nn.Parameter(torch.randn(24, 2, generator=generator)[:, 0])
+    assert not layer.bias.is_contiguous()
+    x = torch.randint(0, 2, (6, 20, 7, 7), generator=generator).float() * 2 - 1
+    grad = torch.randn(6, 24, 7, 7, generator=generator)
+    expected = gradients(layer, x, grad)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = gradients(layer, x, grad)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+    layer.bias = torch.nn.Parameter(layer.bias.detach().contiguous())
+    assert torch.equal(layer(x), expected[0])
