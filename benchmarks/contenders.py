@@ -44,6 +44,9 @@ class Entrant:
             return "these are the kernels that are taken here anyway"
         return None if library(cls.kernels) else "no compiler builds the kernels here"
 
+    def warm_up(self) -> None:
+        """What is done before each turn, and not timed."""
+
 
 def forced(kind: type[Entrant], kernels: str) -> type[Entrant]:
     """The same with these kernels, as on a processor that has no better ones; "off" for none."""

@@ -47,6 +47,10 @@ class Engine(Entrant):
         """(N, 3, 32, 32) uint8 -> scores (N, 10) float32."""
         raise NotImplementedError
 
+    def warm_up(self) -> None:
+        """A turn may be as short as it takes to wake the threads and fill the caches."""
+        self(self.batches[0])
+
     def epoch(self) -> None:
         """Evaluate `setting.steps` batches."""
         for _ in range(self.setting.steps):

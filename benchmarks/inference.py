@@ -36,12 +36,12 @@ class Plan:
 
 
 def full_plan(threads: tuple[int, ...] = (2, 1)) -> Plan:
-    """The original's networks; of other numbers of threads than the first one the largest only."""
-    base = Setting(threads=threads[0])
-    quarter, svhn = replace(base, width=1 / 4, steps=4), replace(base, network="svhn", steps=2)
-    singly = [replace(s, batch_size=1, steps=8 * s.steps) for s in (base, quarter, svhn)]
+    """The network for CIFAR-10; of other numbers of threads than the first one the largest only."""
+    base = Setting(steps=2, threads=threads[0])
+    quarter = replace(base, width=1 / 4, steps=16)
+    singly = [replace(s, batch_size=1, steps=16 * s.steps) for s in (base, quarter)]
     fewer = [replace(base, threads=n) for n in threads[1:]]
-    return Plan((base, quarter, svhn, *singly, *fewer), 5, replace(base, batch_size=500))
+    return Plan((base, quarter, *singly, *fewer), 5, replace(base, batch_size=500))
 
 
 def quick_plan(threads: tuple[int, ...] = (2, 1)) -> Plan:

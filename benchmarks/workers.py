@@ -153,7 +153,8 @@ class Subject:
         self.device = torch.device(setting.device)
 
     def epoch(self) -> float:
-        """Train for an epoch; the seconds it took."""
+        """Train for an epoch, or evaluate; the seconds it took."""
+        self.subject.warm_up()
         start = time.perf_counter()
         self.subject.epoch()
         self._wait()

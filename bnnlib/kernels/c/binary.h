@@ -22,12 +22,12 @@
 #define BLOCK 16
 #endif
 
-#define TILE 4  /* positions that share the weights which they load */
+#define TILE 4      /* positions that share the weights which they load */
+#define SMALL 16384 /* words; fewer are done by one thread before another has woken up */
 #define ALWAYS static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef float vf_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* in memory */
 
 /* A convolution: inputs (n, h, w, c), outputs (n, oh, ow, o); words = ceil(c / 64); inputs are
    `low` (-1 or 0) and 1. */

@@ -12,7 +12,8 @@
 
 /* ----------------------------------------------------------------------- gradient of the weights
 
-   grad_w[tap][c][o] = sum over outputs (y, x) and images n of x[n][y + ky][x + kx][c] * g[n][y][x][o]
+   grad_w[tap][c][o] = sum over places (y, x) and images n of
+                       x[n][y + ky][x + kx][c] * g[n][y][x][o]
 
    Four images give, at one place, four rows of gradients, and their inputs at one tap the number of
    the signed sum. It is the same for every tap that reaches this input, so it is made once. */
@@ -42,7 +43,8 @@ static void make_index(const Shape *s, const uint64_t *x, long groups, uint8_t *
 
 /* The gradients of 32 outputs in a row of all images, as rows[place][image][output], so that images
    are neighbours; zeros where there is no image or no output. */
-static void gather(const Shape *s, const float *grad, long images, long oy, long first, float *rows) {
+static void gather(const Shape *s, const float *grad, long images, long oy, long first,
+                   float *rows) {
     const long outputs = lesser(OUTPUTS, s->o - first);
     for (long image = 0; image < s->n; image++)
         for (long ox = 0; ox < s->ow; ox++) {
@@ -76,7 +78,8 @@ ALWAYS void look_up(int groups, const float (*tables)[ENTRIES][OUTPUTS], const u
     for (long c = 0; c < channels; c++, index += stride) {
         vf sum[VECTORS];
         for (int group = 0; group < groups; group++) {
-            const vf *entry = (const vf *)((const char *)tables[group] + OUTPUTS / 4 * (size_t)index[group]);
+            const size_t bytes = OUTPUTS / 4 * (size_t)index[group];
+            const vf *entry = (const vf *)((const char *)tables[group] + bytes);
             for (int v = 0; v < VECTORS; v++) sum[v] = group ? sum[v] + entry[v] : entry[v];
         }
         vf *to = (vf *)sums[c];
@@ -112,7 +115,8 @@ static void weight_sums(const Shape *s, const uint8_t *index, const float *grad,
                     if (s->low) fill(0, four, tables[group]);
                     else fill(1, four, tables[group]);
                 }
-                for (long y = ky.first; y < ky.last && kx.first < kx.last; y++) { /* taps of a row lie side by side */
+                for (long y = ky.first; y < ky.last && kx.first < kx.last; y++) {
+                    /* the taps of a row lie side by side */
                     long from = (oy * s->sh - s->ph + y) * s->w + ox * s->sw - s->pw + kx.first;
                     look_up_any(count, tables, index + from * s->c * groups + start, groups,
                                 (kx.last - kx.first) * s->c, sums + (y * s->kw + kx.first) * s->c);
@@ -125,7 +129,8 @@ static void weight_sums(const Shape *s, const uint8_t *index, const float *grad,
 }
 
 /* The sums of all slices, as (o, taps * c). */
-static void add_slices(const Shape *s, const float (*sums)[OUTPUTS], long slices, long first, float *result) {
+static void add_slices(const Shape *s, const float (*sums)[OUTPUTS], long slices, long first,
+                       float *result) {
     const long size = s->kh * s->kw * s->c, outputs = lesser(OUTPUTS, s->o - first);
     for (long i = 0; i < size; i += 16) { /* so many lie in the first cache */
         const long count = lesser(16, size - i);
@@ -201,7 +206,7 @@ ALWAYS vf permute(vi index, vf table) {
    last bit says that the sum is negative, the others which sum its opposite is. */
 static void make_signs(const Shape *s, const uint64_t *weight, long words, uint32_t *index) {
     const long taps = s->kh * s->kw;
-#pragma omp parallel for schedule(static) num_threads(s->threads)
+#pragma omp parallel for schedule(static) num_threads(s->threads) if (s->o * taps * s->c > 32 * SMALL)
     for (long block = 0; block < (s->c + CHANNELS - 1) / CHANNELS; block++)
         for (long tap = 0; tap < taps; tap++)
             for (long word = 0; word < words; word++) {
@@ -214,10 +219,12 @@ static void make_signs(const Shape *s, const uint64_t *weight, long words, uint3
                     uint32_t bits = weight[(o * taps + tap) * s->words + c / 64] >> c % 64;
                     for (long i = 0; i < CHANNELS; i++) to[i] |= (bits >> i & 1) << k;
                 }
-                for (long i = 0; i < CHANNELS; i++) { /* where the last output is negative, all flip */
-                    uint32_t flip = 0;
-                    for (long last = BITS - 1; last < FIELDS * BITS; last += BITS)
-                        flip |= to[i] >> last & 1 ? 1u << last : (2u << last) - (1u << (last - BITS + 1));
+                for (long i = 0; i < CHANNELS; i++) {
+                    uint32_t flip = 0; /* where the last output is negative, all flip */
+                    for (long first = 0; first < FIELDS * BITS; first += BITS) {
+                        const uint32_t sign = 1u << (BITS - 1), bits = to[i] >> first;
+                        flip |= (bits & sign ? sign : 2 * sign - 1) << first;
+                    }
                     to[i] ^= flip;
                 }
             }
@@ -286,7 +293,7 @@ static __attribute__((noinline)) void look_up_tile(const Tap *taps, long count, 
 static void input_row(const Shape *s, const uint32_t *index, const float *ring, long row_size,
                       long tables, long iy, long block, float *result) {
     const long words = (tables + FIELDS - 1) / FIELDS, channels = s->c - block * CHANNELS;
-    for (long phase = 0; phase < s->sw; phase++) { /* inputs whose taps reach outputs side by side */
+    for (long phase = 0; phase < s->sw; phase++) { /* inputs that reach outputs side by side */
         Tap taps[s->kh * s->kw];
         long count = 0;
         for (long ky = 0; ky < s->kh; ky++) {
@@ -304,7 +311,8 @@ static void input_row(const Shape *s, const uint32_t *index, const float *ring, 
             vf sum[WIDE][2];
             look_up_tile(taps, count, j * tables * LANES, tables, sum);
             for (long p = 0; p < WIDE && phase + (j + p) * s->sw < s->w; p++) {
-                float *to = result + (iy * s->w + phase + (j + p) * s->sw) * s->c + block * CHANNELS;
+                const long place = iy * s->w + phase + (j + p) * s->sw;
+                float *to = result + place * s->c + block * CHANNELS;
                 if (channels >= CHANNELS) memcpy(to, sum[p], 4 * CHANNELS);
                 else memcpy(to, sum[p], 4 * channels);
             }
@@ -326,12 +334,14 @@ static void input_image(const Shape *s, const uint32_t *index, const float *grad
     }
 }
 
-EXPORT void input_gradient(const Shape *s, const uint64_t *weight, const float *grad, float *result) {
+EXPORT void input_gradient(const Shape *s, const uint64_t *weight, const float *grad,
+                           float *result) {
     const long tables = (s->o + BITS - 1) / BITS, words = (tables + FIELDS - 1) / FIELDS;
     const long blocks = (s->c + CHANNELS - 1) / CHANNELS;
     /* zeros before a row, and after it as many as the last tile may read */
     const long row_size = (s->kw + s->ow + s->kw + 2 + WIDE) * tables * LANES;
-    const long parts = s->n >= s->threads ? 1 : lesser(blocks, s->threads), size = (blocks + parts - 1) / parts;
+    const long parts = s->n >= s->threads ? 1 : lesser(blocks, s->threads);
+    const long size = (blocks + parts - 1) / parts;
     uint32_t *index = allocate(4 * blocks * CHANNELS * s->kh * s->kw * words);
     make_signs(s, weight, words, index);
 #pragma omp parallel num_threads(s->threads)

@@ -17,7 +17,9 @@ ALWAYS uint64_t pack_word(const float *x, long count, int latent, unsigned *othe
     for (; i < count; i += 16) {
         __mmask16 there = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
         __m512 v = _mm512_maskz_loadu_ps(there, x + i);
-        word |= (uint64_t)_mm512_mask_cmp_ps_mask(there, v, zero, latent ? _CMP_GE_OQ : _CMP_GT_OQ) << i;
+        __mmask16 set = latent ? _mm512_mask_cmp_ps_mask(there, v, zero, _CMP_GE_OQ)
+                               : _mm512_mask_cmp_ps_mask(there, v, zero, _CMP_GT_OQ);
+        word |= (uint64_t)set << i;
         if (latent) {
             not_signs |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         } else {
@@ -60,7 +62,8 @@ ALWAYS uint64_t pack_word(const float *x, long count, int latent, unsigned *othe
 EXPORT long pack(const float *x, long rows, long c, long latent, long threads, uint64_t *words) {
     const long per_row = (c + 63) / 64;
     unsigned other = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : other)
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : other) \
+    if (rows * per_row > SMALL)
     for (long row = 0; row < rows; row++)
         if (other != 3)
             for (long j = 0; j < per_row; j++)
@@ -87,7 +90,7 @@ EXPORT long prepared_bytes(long o, long words) { /* words: of all taps of an out
 }
 
 EXPORT void prepare(const uint64_t *words, long o, long count, long threads, Weight *out) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (o * count > SMALL)
     for (long block = 0; block < (o + BLOCK - 1) / BLOCK; block++)
         for (long j = 0; j < count; j++)
             for (long k = 0; k < BLOCK; k++) {
@@ -119,7 +122,8 @@ ALWAYS void count_ones(int positions, int steps, int halves, const uint64_t *con
             for (int p = 0; p < positions; p++) {
                 __m512i one = _mm512_set1_epi64(x[p][row * x_row + j]);
                 for (int v = 0; v < 2 * halves; v++) {
-                    __m512i both = steps ? _mm512_and_si512(one, w[v]) : _mm512_xor_si512(one, w[v]);
+                    __m512i both =
+                        steps ? _mm512_and_si512(one, w[v]) : _mm512_xor_si512(one, w[v]);
                     sum[p][v] = _mm512_add_epi64(sum[p][v], _mm512_popcnt_epi64(both));
                 }
             }
@@ -168,9 +172,10 @@ ALWAYS void count_ones(int positions, int steps, int halves, const uint64_t *con
                             long entry = high ? bytes[p][b] & 0xf0 : bytes[p][b] << 4 & 0xf0;
                             __m256i answers = _mm256_broadcastsi128_si256(
                                 *(const __m128i *)(ANSWERS[steps][0] + entry));
-                            sum[p][0] = _mm256_add_epi8(sum[p][0], _mm256_shuffle_epi8(answers, w0));
+                            __m256i *to = sum[p];
+                            to[0] = _mm256_add_epi8(to[0], _mm256_shuffle_epi8(answers, w0));
                             if (halves == 2)
-                                sum[p][1] = _mm256_add_epi8(sum[p][1], _mm256_shuffle_epi8(answers, w1));
+                                to[1] = _mm256_add_epi8(to[1], _mm256_shuffle_epi8(answers, w1));
                             /* in this order: to keep all answers there is no room */
                             __asm__("" : "+x"(sum[p][0]), "+x"(sum[p][1]));
                         }
@@ -179,7 +184,8 @@ ALWAYS void count_ones(int positions, int steps, int halves, const uint64_t *con
             for (int p = 0; p < positions; p++)
                 for (int v = 0; v < 2 * halves; v++) {
                     __m256i half = sum[p][v / 2];
-                    __m128i part = v % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
+                    __m128i part = v % 2 ? _mm256_extracti128_si256(half, 1)
+                                         : _mm256_castsi256_si128(half);
                     wide[p][v] = _mm256_add_epi16(wide[p][v], _mm256_cvtepu8_epi16(part));
                 }
         }
@@ -260,17 +266,20 @@ ALWAYS void keep(const Result *to, long position, long first, long outputs, int3
             for (long k = 0; k < count; k++) y[k] = (float)sums[k];
     } else { /* the bits of a block are a whole part of a word; words are little-endian */
         uint64_t bits = reached(sums, to->thresholds + first, count);
-        memcpy((uint8_t *)(to->bits + position * ((outputs + 63) / 64)) + first / 8, &bits, BLOCK / 8);
+        uint8_t *words = (uint8_t *)(to->bits + position * ((outputs + 63) / 64));
+        memcpy(words + first / 8, &bits, BLOCK / 8);
     }
 }
 
 /* ------------------------------------------------------------------------------ convolution */
 
 /* One tile: output pixels ox ... ox + positions - 1 of a row, which have the same taps inside. */
-ALWAYS void tile(int positions, int steps, int halves, const Shape *s, const uint64_t *x, const Weight *weight,
-                 long oy, long ox, long image, long block, const Result *to) {
-    Range rows = inside(oy, s->sh, s->ph, s->kh, s->h), taps = inside(ox, s->sw, s->pw, s->kw, s->w);
-    const long width = greater(0, taps.last - taps.first), height = greater(0, rows.last - rows.first);
+ALWAYS void tile(int positions, int steps, int halves, const Shape *s, const uint64_t *x,
+                 const Weight *weight, long oy, long ox, long image, long block, const Result *to) {
+    Range rows = inside(oy, s->sh, s->ph, s->kh, s->h);
+    Range taps = inside(ox, s->sw, s->pw, s->kw, s->w);
+    const long width = greater(0, taps.last - taps.first);
+    const long height = greater(0, rows.last - rows.first);
     const long count = width * s->words;
     const uint64_t *at[TILE];
     int32_t counts[TILE][BLOCK], base[TILE];
@@ -297,8 +306,8 @@ ALWAYS void tile(int positions, int steps, int halves, const Shape *s, const uin
 }
 
 /* One row of outputs, in tiles; at its ends a tile has fewer taps and is one pixel wide. */
-ALWAYS void sum_row(int steps, int halves, const Shape *s, const uint64_t *x, const Weight *weight, long oy,
-                    long image, long block, const Result *to) {
+ALWAYS void sum_row(int steps, int halves, const Shape *s, const uint64_t *x, const Weight *weight,
+                    long oy, long image, long block, const Result *to) {
     weight += block * BLOCK * s->kh * s->kw * s->words * PER_WORD;
     for (long ox = 0; ox < s->ow;) {
         Range taps = inside(ox, s->sw, s->pw, s->kw, s->w), last;
@@ -358,16 +367,17 @@ EXPORT void pixel_sums(const Shape *s, const uint8_t *x, const vp *masks, const 
                         const uint8_t *row = x + ((image * s->h + iy) * s->w + ix) * s->c;
                         const vp *mask =
                             masks + (block * terms + (y * s->kw + kx.first) * s->c) * PIXEL_VECTORS;
-                        for (long i = 0; i < (kx.last - kx.first) * s->c; i++, mask += PIXEL_VECTORS) {
+                        for (long i = 0; i < (kx.last - kx.first) * s->c; i++) {
                             const uint32_t value = values[row[i]];
                             all += value;
-                            for (int v = 0; v < PIXEL_VECTORS; v++) sum[v] += mask[v] & value;
+                            for (int v = 0; v < PIXEL_VECTORS; v++) sum[v] += *mask++ & value;
                         }
                     }
                     int32_t signed_sums[64];
                     for (int v = 0; v < PIXEL_VECTORS; v++) sum[v] = 2 * sum[v] - all;
                     memcpy(signed_sums, sum, sizeof signed_sums);
-                    bits[((image * s->oh + oy) * s->ow + ox) * blocks + block] =
-                        reached(signed_sums, thresholds + 64 * block, lesser(64, s->o - 64 * block));
+                    const long place = (image * s->oh + oy) * s->ow + ox, first = 64 * block;
+                    bits[place * blocks + block] =
+                        reached(signed_sums, thresholds + first, lesser(64, s->o - first));
                 }
 }
