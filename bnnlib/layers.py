@@ -96,9 +96,9 @@ class BinaryLayer(nn.Module):
         quantizer, _ = self.used_quantizer()
         signs = own and quantizer is binarize
         precision = self.precision if own and quantizer in SIGNS else "float32"
-        few = self.weight[0].numel() <= MOST_PIXELS
-        if few and not self.training and quantizer in SIGNS and precision == "float32":
-            precision = "once"
+        if not self.training and quantizer in SIGNS and precision == "float32":
+            few = self.weight.shape[1:].numel() <= MOST_PIXELS
+            precision = "once" if few else precision
         return self.weight if signs else self.effective_weight(), self.bias, signs, precision
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnnlib.kernels import definitions
 from bnnlib.kernels.compiled import SETS, Shape, library
-from bnnlib.kernels.definitions import WORD
+from bnnlib.kernels.definitions import WORD, word_count
 from bnnlib.kernels.geometry import MOST_PIXELS, Geometry
 
 Words = NDArray[np.uint64]
@@ -46,7 +46,7 @@ def _shape(x: tuple, weight: tuple, channels: int, low: int, geometry: Geometry)
         *geometry.stride,
         *geometry.padding,
         *geometry.out_shape(x, weight)[1:],
-        -(-channels // WORD),
+        word_count(channels),
         low,
         torch.get_num_threads(),
     )
@@ -60,15 +60,16 @@ def pack(x: Tensor, latent: bool = False) -> tuple[Tensor, int] | None:
 
     None where x has other values. `latent`: words of sign(x), of any x without NaN.
     """
-    words = _empty(*x.shape[:-1], -(-x.shape[-1] // WORD), dtype=torch.int64)
+    words = _empty(*x.shape[:-1], word_count(x.shape[-1]), dtype=torch.int64)
     rows, threads = prod(x.shape[:-1]), torch.get_num_threads()
     other = library().pack(_at(x), rows, x.shape[-1], latent, threads, _at(words))
     return None if other == 3 else (words, -1 if other != 1 else 0)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(A, C, H, W) as (A, H, W, C), in this order in the memory; a view where it lies so."""
-    return x.detach().permute(0, 2, 3, 1).contiguous()
+    """(A, C[, H, W]) as (A, H, W, C), in this order in the memory; a view where it lies so."""
+    x = x.detach()
+    return (x[:, None, None] if x.dim() == 2 else x.permute(0, 2, 3, 1)).contiguous()
 
 
 def pays(shape: Shape) -> bool:
@@ -88,15 +89,15 @@ class Operands(NamedTuple):
 
     @classmethod
     def packed(cls, x: Tensor, weight: Tensor, latent: bool, geometry: Geometry):
-        """Of images (N, C, H, W) and weights (O, C, height, width).
+        """Of images (N, C, H, W) and weights (O, C, height, width), or of matrices (N, C), (O, C).
 
         None without kernels, where these are slower than PyTorch's, and where a factor has values
         that are no words. `latent`: the weights stand for their signs.
         """
-        if library() is None or weight[0].numel() > MOST_TERMS:
+        if library() is None or weight.shape[1:].numel() > MOST_TERMS:
             return None
         (n, c, *size), (o, _, *kernel) = x.shape, weight.shape
-        shape = _shape((n, *size), (o, *kernel), c, -1, geometry)
+        shape = _shape((n, *(size or (1, 1))), (o, *(kernel or (1, 1))), c, -1, geometry)
         if not pays(shape) or (weights := pack(channels_last(weight), latent)) is None:
             return None
         if weights[1] != -1 or (inputs := pack(channels_last(x))) is None:
@@ -198,7 +199,7 @@ def at_least(
     if library() is None or weight.terms > MOST_TERMS:
         return definitions.pack(sums(x, weight, low, geometry) >= thresholds)
     shape = _shape(x.shape, weight.words.shape, weight.channels, low, geometry)
-    bits = np.zeros((shape.n, shape.oh, shape.ow, -(-shape.o // WORD)), np.uint64)
+    bits = np.zeros((shape.n, shape.oh, shape.ow, word_count(shape.o)), np.uint64)
     row = _in_a_row(shape)
     library().sums(row, _at(x), _at(weight.prepared), None, None, _at(bits), _at(thresholds))
     return bits
@@ -216,7 +217,7 @@ def pixel_sums_at_least(
         found = definitions.pixel_sums(x, weight.words, weight.channels, values, geometry)
         return definitions.pack(found >= thresholds)
     shape = _shape(x.shape, weight.words.shape, weight.channels, -1, geometry)
-    bits = np.empty((shape.n, shape.oh, shape.ow, -(-shape.o // WORD)), np.uint64)
+    bits = np.empty((shape.n, shape.oh, shape.ow, word_count(shape.o)), np.uint64)
     addresses = map(_at, (x, weight.masks, values, bits, thresholds))
     library().pixel_sums(shape, *addresses)
     return bits

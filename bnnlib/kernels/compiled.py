@@ -52,23 +52,10 @@ class Shape(ctypes.Structure):
     """`Shape` of `binary.h`."""
 
     _names = (
-        "n",
-        "h",
-        "w",
-        "c",
-        "o",
-        "kh",
-        "kw",
-        "sh",
-        "sw",
-        "ph",
-        "pw",
-        "oh",
-        "ow",
-        "words",
-        "low",
+        *("n", "h", "w", "c", "o", "kh", "kw", "sh", "sw", "ph", "pw", "oh", "ow"),
+        *("words", "low", "threads"),
     )
-    _fields_ = [(name, ctypes.c_long) for name in (*_names, "threads")]
+    _fields_ = [(name, ctypes.c_long) for name in _names]
 
 
 NUMBER, ADDRESS, SHAPE = ctypes.c_long, ctypes.c_void_p, ctypes.POINTER(Shape)
@@ -97,7 +84,8 @@ def library(wanted: str | None = None) -> ctypes.CDLL | None:
     attribute `set` is the name of the instruction set.
     Raises InvalidValue for a name that is none, or of a set that this processor lacks.
     """
-    wanted, here = wanted or os.environ.get(VARIABLE) or sets_here()[0], sets_here()
+    here = sets_here()
+    wanted = wanted or os.environ.get(VARIABLE) or here[0]
     check_name(VARIABLE, wanted, ("off", *SETS))
     if wanted == "off":
         return None

@@ -17,18 +17,35 @@ from bnnlib.kernels.geometry import Geometry
 WORD = 64
 
 
+def word_count(channels: int) -> int:
+    """How many words hold so many channels."""
+    return -(-channels // WORD)
+
+
+def pack_bits(x: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """(..., C) bool -> (..., words)."""
+    found = np.packbits(x, axis=-1, bitorder="little")
+    if missing := 8 * word_count(x.shape[-1]) - found.shape[-1]:
+        wider = np.zeros((*x.shape[:-1], found.shape[-1] + missing), np.uint8)
+        wider[..., : found.shape[-1]] = found
+        found = wider
+    return found.view("<u8")
+
+
+def unpack_bits(words: NDArray[np.uint64], channels: int) -> NDArray[np.uint8]:
+    """(..., words) -> (..., C), each 0 or 1."""
+    little = np.ascontiguousarray(words, "<u8").view(np.uint8)
+    return np.unpackbits(little, axis=-1, bitorder="little", count=channels)
+
+
 def pack(x: NDArray) -> NDArray[np.uint64]:
-    """Numbers of two values, (..., C), as words (..., ceil(C / 64)): a bit is 1 where x > 0."""
-    missing = -x.shape[-1] % WORD
-    bits = np.pad(x > 0, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return np.packbits(bits, axis=-1, bitorder="little").view("<u8")
+    """Numbers of two values, (..., C), as words: a bit is 1 where x > 0."""
+    return pack_bits(x > 0)
 
 
 def unpack(words: NDArray[np.uint64], channels: int, low: int = -1) -> NDArray[np.int64]:
     """The numbers in words: `low` or 1, (..., words) -> (..., channels)."""
-    little = np.ascontiguousarray(words).astype("<u8").view(np.uint8)
-    bits = np.unpackbits(little, axis=-1, bitorder="little", count=channels)
-    return np.where(bits, 1, low)
+    return np.where(unpack_bits(words, channels), 1, low)
 
 
 def sums(

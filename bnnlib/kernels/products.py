@@ -32,8 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, signs: bool, precisio
     are not kept in between. `torch.autocast` is followed as `F.linear` follows it.
     """
     flat = x.reshape(-1, x.shape[-1])  # the gradients are products of matrices
-    images, taps = flat[:, :, None, None], weight[:, :, None, None]
-    if words := _as_words(images, taps, bias, signs, precision, Geometry()):
+    if words := _as_words(flat, weight, bias, signs, precision, Geometry()):
+        images, taps = flat[:, :, None, None], weight[:, :, None, None]
         product = call(_WordProduct, images, taps, bias, signs, words, Geometry())
     else:
         product, _ = call(_Linear, *_as_autocast(flat, weight, bias, signs, precision))
@@ -80,7 +80,7 @@ def _as_words(
     precision: str,
     geometry: Geometry,
 ) -> Operands | None:
-    """Images (N, C, H, W) and weights (O, C, height, width) as words; None: take PyTorch's product.
+    """Images (N, C[, H, W]) and weights (O, C[, height, width]) as words; None: take PyTorch's.
 
     So it is where a factor has more than two values, or is no plain float32 tensor on a CPU, and
     where PyTorch traces what it is given.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bnnlib.data.images import scale_pixels
 from bnnlib.errors import DamagedFile, InvalidValue, shown
 from bnnlib.files import atomic_write, parse_json
+from bnnlib.kernels.definitions import word_count
 from bnnlib.layers import BatchNorm
 from bnnlib.packed.steps import (
     ON_WORDS,
@@ -32,7 +33,6 @@ from bnnlib.packed.steps import (
     in_order,
     is_last,
     lying,
-    word_count,
 )
 from bnnlib.tensors import differing, read_tensors, tensor_bytes
 

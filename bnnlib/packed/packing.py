@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnlib.errors import InvalidValue
+from bnnlib.kernels.definitions import pack_bits
 from bnnlib.kernels.geometry import MOST_PIXELS
 from bnnlib.layers import (
     Activation,
@@ -36,7 +37,6 @@ from bnnlib.packed.steps import (
     Signs,
     Sums,
     is_last,
-    pack_bits,
 )
 from bnnlib.quantizers import approx_sign, approx_step, binarize, binary_sigmoid, binary_tanh
 

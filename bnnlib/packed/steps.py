@@ -18,34 +18,12 @@ from bnnlib.data.images import scale_pixels
 from bnnlib.errors import InvalidValue, shown
 from bnnlib.kernels import bits
 from bnnlib.kernels.bits import Words
-from bnnlib.kernels.definitions import WORD
+from bnnlib.kernels.definitions import WORD, pack_bits, unpack_bits, word_count
 from bnnlib.kernels.geometry import Geometry
 from bnnlib.layers import BatchNorm, BinaryConv2d, BinaryLinear
 from bnnlib.packed.fold import pixel_values
 
 Pair = tuple[int, int]
-
-
-def word_count(channels: int) -> int:
-    """How many words hold so many channels."""
-    return -(-channels // WORD)
-
-
-def pack_bits(x: NDArray[np.bool_]) -> Words:
-    """(..., C) bool -> (..., words); `definitions.pack` in fewer passes."""
-    channels = x.shape[-1]
-    found = np.packbits(x, axis=-1, bitorder="little")
-    if missing := 8 * word_count(channels) - found.shape[-1]:
-        wider = np.zeros((*x.shape[:-1], found.shape[-1] + missing), np.uint8)
-        wider[..., : found.shape[-1]] = found
-        found = wider
-    return found.view("<u8")
-
-
-def unpack_bits(words: Words, channels: int) -> NDArray[np.uint8]:
-    """(..., words) -> (..., C), each 0 or 1."""
-    little = np.ascontiguousarray(words).view(np.uint8)
-    return np.unpackbits(little, axis=-1, bitorder="little", count=channels)
 
 
 def _check(right: object, what: str, value: object) -> None:
