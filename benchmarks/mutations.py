@@ -23,7 +23,7 @@ from bnnlib.files import sha256
 from bnnlib.optim import BinaryAdam
 from bnnlib.runs.checkpoint import NAME
 from bnnlib.runs.folder import load_run
-from bnnlib.runs.result import summary
+from bnnlib.runs.ledger import read_row
 from bnnlib.runs.run import run
 
 LONGEST_MESSAGE = 2500  # characters
@@ -219,7 +219,8 @@ def name_by_content(checkpoint: Path) -> Path:
 
 
 def _load(folder: Path) -> None:
-    summary(load_run(folder))
+    load_run(folder)
+    read_row(folder)
 
 
 def _continue(folder: Path) -> None:

@@ -38,6 +38,18 @@ class NotFinite(BnnlibError, ArithmeticError):
     """A number became NaN or infinite; the message says in which epoch, step and layer."""
 
 
+class NotInstalled(BnnlibError, ImportError):
+    """A package that only some users need is not there; the message says how to get it."""
+
+
+class NoScheduler(BnnlibError, ConnectionError):
+    """No scheduler answers, or no longer; what was finished stays finished."""
+
+
+class RankLost(BnnlibError, ConnectionError):
+    """Another of the processes that train together has ended, or cannot be reached."""
+
+
 class BnnlibWarning(UserWarning):
     """Something that a user should know, and that was dealt with."""
 

@@ -1,11 +1,12 @@
 """What happened in each epoch of a training: a table with named columns, kept as a CSV file."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import Path
 
 from bnnlib.errors import DamagedFile, unknown_name
-from bnnlib.files import Row, read_table, write_table
+from bnnlib.files import Row, parse_columns, parse_table, read_text, write_table
 
 
 @dataclass
@@ -24,7 +25,7 @@ class History:
 
     def __getitem__(self, column: str) -> list[float]:
         """One column, a value for each epoch; an unknown name is an InvalidValue."""
-        if self.rows and column not in self.columns:
+        if self.rows and not any(column in row for row in self.rows):
             raise unknown_name("history column", column, self.columns)
         return [row.get(column, nan) for row in self.rows]
 
@@ -53,13 +54,37 @@ class History:
     @classmethod
     def load(cls, path: str | Path) -> "History":
         """Read what `save` wrote; empty cells are NaN, epochs are whole numbers."""
-        rows = read_table(path)
+        return cls.parse(read_text(path), path)
+
+    @classmethod
+    def parse(cls, text: str, source: object) -> "History":
+        """The history that a CSV text describes; `source` names the text in errors."""
+        rows = parse_table(text, source)
         for row in rows:
-            epoch = row.get("epoch", nan)  # an int where it is too large for any
-            if isinstance(epoch, int) or not epoch.is_integer():
-                raise DamagedFile(f"{path} is no history: a row has no epoch, a whole number")
-            row["epoch"] = int(epoch)
+            row["epoch"] = _epoch(row.get("epoch", nan), source)
         return cls(rows)
+
+
+def parse_epochs(text: str, source: object, names: Iterable[str]) -> dict[str, list[float]]:
+    """The epochs and these columns of a history, as `History.parse` gives them, but quickly."""
+    columns = parse_columns(text, source, ("epoch", *names))
+    return columns | {"epoch": [_epoch(number, source) for number in columns["epoch"]]}
+
+
+def _epoch(number: float, source: object) -> int:
+    if abs(number) < 2**53 and number.is_integer():
+        return int(number)
+    raise DamagedFile(f"{source} is no history: a row has no epoch, a whole number")
+
+
+def epochs_to_reach(
+    history: History | Mapping[str, list[float]],
+    limits: Sequence[float] = (0.5, 0.1, 0.01),
+    column: str = "train_error",
+) -> list[int | None]:
+    """The first evaluated epoch with an error of at most each limit; None where there is none."""
+    rows = list(zip(history["epoch"], history[column], strict=True))  # NaN <= limit is False
+    return [next((e for e, error in rows if error <= limit), None) for limit in limits]
 
 
 def differing_columns(one: History, other: History) -> list[str]:

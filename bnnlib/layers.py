@@ -16,6 +16,7 @@ from bnnlib.errors import InvalidValue, check_name, check_whole
 from bnnlib.kernels import products
 from bnnlib.kernels.geometry import MOST_PIXELS, Geometry
 from bnnlib.names import STATISTICS, WEIGHT_MODES, parameters_of
+from bnnlib.parallel import Shard, normalize
 from bnnlib.quantizers import (
     approx_sign,
     binarize,
@@ -210,6 +211,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.eps, self.alpha = eps, alpha
         self.statistics = "running"  # of evaluation, one of `STATISTICS`
+        self.shard: Shard | None = None  # of the batch in training, set by `sharing`
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
@@ -218,9 +220,12 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.statistics == "running":
             return self._normalize_with_averages(x)
-        y, mean, inv_std = torch.native_batch_norm(
-            x, self.weight, self.bias, None, None, True, 0.0, self.eps
-        )
+        if self.training and self.shard:
+            y, mean, inv_std = normalize(x, self.weight, self.bias, self.eps, self.shard)
+        else:
+            y, mean, inv_std = torch.native_batch_norm(
+                x, self.weight, self.bias, None, None, True, 0.0, self.eps
+            )
         if self.training:
             kind = self.running_mean.dtype  # autocast has another one
             self.running_mean.lerp_(mean.detach().to(kind), self.alpha)
@@ -268,11 +273,17 @@ class Dropout(nn.Module):
             raise InvalidValue(f"dropout probability must be in [0, 1), got {p}")
         self.p = p
         self.generator: torch.Generator | None = None
+        self.shard: Shard | None = None  # of the batch, set by `sharing`
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = uniform_like(x, self.generator) >= self.p
+        if self.shard is None:
+            uniform = uniform_like(x, self.generator)
+        else:  # for the rows of all ranks, as one process draws
+            whole = x[:1].expand(self.shard.rows, *x.shape[1:])
+            uniform = uniform_like(whole, self.generator)[self.shard.own]
+        keep = uniform >= self.p
         return x * keep.to(x.dtype).div_(1 - self.p)
 
     def extra_repr(self) -> str:
@@ -319,6 +330,49 @@ def random_generator(model: nn.Module) -> torch.Generator | None:
 def binary_layers(model: nn.Module) -> list[BinaryLayer]:
     """The layers of `model` with latent weights, from input to output."""
     return [layer for layer in model.modules() if isinstance(layer, BinaryLayer)]
+
+
+NEEDS_THE_BATCH = {  # layers of PyTorch that see or draw for whole batches, and what to use
+    nn.modules.batchnorm._BatchNorm: "bnnlib's BatchNorm",
+    nn.modules.dropout._DropoutNd: "bnnlib's Dropout",
+    nn.RReLU: "another activation",
+}
+
+
+def check_can_share(model: nn.Module) -> None:
+    """Raise InvalidValue for a layer that cannot do on some rows what it does on the whole batch.
+
+    So it is with those of `torch.nn` that draw or have averages of their own, and with those of
+    somebody else's that take a generator. Functions that draw are not seen.
+    """
+    for name, layer in model.named_modules():
+        known = hasattr(layer, "generator") and not isinstance(layer, BinaryLayer | Dropout)
+        advice = "train in one process" if known else None
+        for kind, instead in NEEDS_THE_BATCH.items():
+            advice = f"use {instead}" if isinstance(layer, kind) else advice
+        if advice:
+            raise InvalidValue(
+                f"layer {name!r}, a {type(layer).__name__}, needs the whole batch, which several "
+                f"ranks share; {advice}"
+            )
+
+
+@contextmanager
+def sharing(model: nn.Module, shard: Shard | None) -> Iterator[None]:
+    """Inside the `with` block `model` trains on these rows of each batch, other ranks on others.
+
+    None: on all of them. Raises what `check_can_share` raises.
+    """
+    if shard:
+        check_can_share(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm | Dropout)]
+    for layer in layers:
+        layer.shard = shard
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shard = None
 
 
 @contextmanager

@@ -163,6 +163,12 @@ def use(path: str | Path) -> ModuleType:
     return module
 
 
+def used_files() -> dict[str, str]:
+    """SHA-256 of each file that was imported by `use`, by its absolute path."""
+    modules = {name: sys.modules[f"bnnlib_uses_{Path(name).stem}"] for name in USED}
+    return {module.__file__: USED[name] for name, module in modules.items()}
+
+
 def parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
     """The parameters in a function's signature; none where it has none, as `torch.tanh`."""
     try:

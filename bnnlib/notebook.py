@@ -14,8 +14,8 @@ from bnnlib.errors import InvalidValue, check_name, shown, unknown_name
 from bnnlib.experiments.experiment import ALLOWED, Experiment, Range
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import named
+from bnnlib.history import epochs_to_reach
 from bnnlib.names import DATASETS, check_dataset
-from bnnlib.probes import epochs_to_reach
 from bnnlib.runs.result import Run
 
 INJECTED = "# Parameters"  # first line of the cell that papermill inserts
@@ -63,9 +63,8 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
 def outcome(*runs: Run, limits: Sequence[float] = (0.1, 0.01)) -> dict[str, Any]:
     """What the seeds of one experiment came to, as a row of a table.
 
-    "train" and "test" are the last errors in percent, by `spread`, with as many digits as in
-    `summary`; "to 10 %" is the first epoch with at most this training error, for each seed, "-"
-    where there was none.
+    "train" and "test" are the last errors in percent, by `spread`; "to 10 %" is the first epoch
+    with at most this training error, for each seed, "-" where there was none.
     """
     row: dict[str, Any] = {"seeds": len(runs)}
     for split, digits in (("train", 2), ("test", 1)):

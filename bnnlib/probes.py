@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from bnnlib.batches import Batches
 from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import check_name
-from bnnlib.history import History
 from bnnlib.layers import binary_layers, evaluating
 from bnnlib.names import PROBES
 from bnnlib.training import Evaluation, EvaluationMode, TrainingState, evaluate
@@ -25,14 +24,6 @@ EVALUATION_MODES = {
     "mean10": EvaluationMode("stochastic", samples=10),
     "batch": EvaluationMode("stochastic", "batch"),
 }
-
-
-def epochs_to_reach(
-    history: History, limits: Sequence[float] = (0.5, 0.1, 0.01), column: str = "train_error"
-) -> list[int | None]:
-    """The first evaluated epoch with an error of at most each limit; None where there is none."""
-    rows = list(zip(history["epoch"], history[column], strict=True))  # NaN <= limit is False
-    return [next((e for e, error in rows if error <= limit), None) for limit in limits]
 
 
 def _latent_weights(model: nn.Module) -> dict[str, Tensor]:

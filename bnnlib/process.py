@@ -1,4 +1,4 @@
-"""Settings of the process: how long PyTorch's threads spin, and what memory it keeps.
+"""The process: how long PyTorch's threads spin, what memory it keeps, which of several it is.
 
 PyTorch's threads meet at a barrier after every operation. The OpenMP libraries let a thread that
 waits there spin for a long time, which is good on an idle machine; where another program holds
@@ -41,3 +41,15 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, 2**30) and mallopt(M_MMAP_THRESHOLD, 2**25))
+
+
+def place() -> tuple[int, int]:
+    """The rank of this process and the number of ranks, as `torchrun` tells those it starts.
+
+    (0, 1) for one that was started otherwise.
+    """
+    told = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world, *meeting = (os.environ.get(name, "") for name in told)
+    if not (rank.isdecimal() and world.isdecimal() and all(meeting)):
+        return 0, 1
+    return int(rank), int(world)

@@ -17,10 +17,11 @@ from bnnlib.errors import InvalidValue, NotFinite, check_name
 from bnnlib.files import Row
 from bnnlib.history import History, describe_row
 from bnnlib.kernels.graphs import GraphedStep
-from bnnlib.layers import Activation, binary_layers, evaluating, random_generator
+from bnnlib.layers import Activation, binary_layers, evaluating, random_generator, sharing
 from bnnlib.losses import Loss, mistakes, squared_hinge_loss
 from bnnlib.names import SCHEDULES
 from bnnlib.optim import BinaryAdam, clip_latent_weights, set_rate
+from bnnlib.parallel import ALONE, Ranks, Shard
 
 # Images at once. On a CPU few, so that it takes no more memory than training did.
 EVALUATION_BATCH = {"cpu": 50, "cuda": 2000}
@@ -72,20 +73,27 @@ def evaluate(
     batches: Batches,
     mode: EvaluationMode | None = None,
     after_batch: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Error over every image of the set, and of each class, from one pass in `mode`.
 
     The model is the same afterwards, its averages and generators included, also where
     `after_batch`, called after each batch, raises. With statistics of the batch no batch is
-    larger than in training, and all but the last are of one size.
+    larger than in training, and all but the last are of one size. Several `ranks` share the
+    batches; where weights are drawn each computes all, or the draws would be others.
     """
     mode = mode or EvaluationMode()
+    wrong = torch.zeros(len(batches), dtype=torch.uint8, device=batches.labels.device)
     with evaluating(model, mode.weights, mode.statistics, mode.seed):
-        wrong = []
-        for x, labels in batches.in_order(_evaluation_batch(model, batches, mode.statistics)):
-            wrong.append(mistakes(sum(model(x) for _ in range(mode.samples)), labels))
+        size = _evaluation_batch(model, batches, mode.statistics)
+        sharers = ALONE if _draws(model) else ranks
+        for begin in range(0, len(batches), size * sharers.world):  # a batch for each of them
+            own = slice(begin + size * sharers.rank, begin + size * (sharers.rank + 1))
+            x, labels = batches.take(own)
+            if len(labels):
+                wrong[own] = mistakes(sum(model(x) for _ in range(mode.samples)), labels)
             after_batch()
-    wrong = torch.cat(wrong).cpu()
+    wrong = sharers.total(wrong).cpu().bool()
     return Evaluation(wrong.double().mean().item(), _class_errors(wrong, batches), wrong)
 
 
@@ -93,9 +101,14 @@ def _evaluation_batch(model: nn.Module, batches: Batches, statistics: str) -> in
     """Images at once, for a model that is in the mode it is evaluated in."""
     if statistics == "batch":
         return ceil(len(batches) / ceil(len(batches) / batches.batch_size))
-    if any(layer.used_quantizer()[1] for layer in binary_layers(model)):
+    if _draws(model):
         return SAMPLED_BATCH
     return EVALUATION_BATCH.get(batches.labels.device.type, SAMPLED_BATCH)
+
+
+def _draws(model: nn.Module) -> bool:
+    """Whether weights are drawn, for a model in the mode it is evaluated in."""
+    return any(layer.used_quantizer()[1] for layer in binary_layers(model))
 
 
 def _class_errors(wrong: Tensor, batches: Batches) -> tuple[float, ...]:
@@ -165,6 +178,9 @@ class Step:
     rate, once an epoch, and leaves loss and mistakes on the device, until somebody reads them. On
     a GPU it becomes one graph, and waits for nothing, where all that it calls is known to allow
     that; on a CPU it raises NotFinite instead of a step on a loss that is no finite number.
+
+    With a `shard`, inside of `sharing`, it is one step of several ranks: each takes its rows of
+    the batch, and all have the same scores, loss, penalty and mistakes of the whole one.
     """
 
     def __init__(
@@ -173,8 +189,10 @@ class Step:
         batches: Batches,
         penalty: Penalty | None = None,
         loss: Loss = squared_hinge_loss,
+        shard: Shard | None = None,
     ):
         self.state, self.batches, self.penalty, self.loss = state, batches, penalty, loss
+        self.shard = shard
         device, count = batches.labels.device, batches.n_batches
         self.order = torch.zeros(count, batches.batch_size, dtype=torch.int64, device=device)
         self.next = torch.zeros(1, dtype=torch.int64, device=device)  # the batch that comes
@@ -182,7 +200,7 @@ class Step:
         self.wrong = torch.zeros(count, dtype=torch.int64, device=device)
         self.looks = device.type == "cpu"  # at each loss; a GPU would have to be waited for
         self._call = self._train
-        if device.type == "cuda" and _can_be_captured(state, loss):
+        if device.type == "cuda" and shard is None and _can_be_captured(state, loss):
             generator = random_generator(state.model)
             generators = [] if generator is None else [generator]
             zero_grad = state.optimizer.zero_grad
@@ -220,8 +238,7 @@ class Step:
     def _train_once(self) -> None:
         model, optimizer = self.state.model, self.state.optimizer
         optimizer.zero_grad()  # so that the last gradients leave room for the activations
-        x, labels = self.batches.take(self.order.index_select(0, self.next)[0])
-        logits = model(x)
+        x, labels, logits = self._scores(self.order.index_select(0, self.next)[0])
         loss = self.loss(logits, labels)
         if self.penalty:
             loss = loss + self.penalty()
@@ -229,12 +246,36 @@ class Step:
             where = self.state.at(self.state.done + 1)
             raise _loss_not_finite(loss.item(), where, first_not_finite(model, x))
         loss.backward()
+        if self.shard:
+            self.shard.average(model)
         optimizer.step()  # moves the latent weights, and ours clip them to [-1, 1]
         if not isinstance(optimizer, BinaryAdam):
             clip_latent_weights(optimizer)
         self.losses.index_copy_(0, self.next, loss.detach().float().view(1))
         self.wrong.index_copy_(0, self.next, mistakes(logits.detach(), labels).sum().view(1))
         self.next.add_(1)
+
+    def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the images at `rows`: those of this rank, and the labels and scores of all."""
+        if self.shard is None:
+            x, labels = self.batches.take(rows)
+            return x, labels, self.state.model(x)
+        x, _ = self.batches.take(rows[self.shard.own])
+        return x, self.batches.labels[rows], self.shard.whole(self.state.model(x))
+
+    def check_alike(self) -> None:
+        """Raise InvalidValue where the ranks hold different parameters or averages.
+
+        So it is where a layer of somebody else's depends on the whole batch.
+        """
+        held = {k: v.double().abs().sum() for k, v in self.state.model.state_dict().items()}
+        table = self.shard.ranks.beside(torch.stack([*held.values()]))
+        differs = ~torch.isclose(table, table[:1], rtol=1e-5).all(0)
+        if differs.any():
+            raise InvalidValue(
+                f"the ranks hold different {[*held][differs.int().argmax()]} after "
+                f"{self.state.where}: it depends on which rows a rank takes; train in one process"
+            )
 
 
 @contextmanager
@@ -303,6 +344,8 @@ def train_epoch(step: Step, after_step: Callable[[], object] = lambda: None) -> 
         step()
         after_step()
     step.state.check_finite()
+    if step.shard:
+        step.check_alike()
     return step.losses.mean().item(), step.wrong.sum().item() / step.order.numel()
 
 
@@ -325,6 +368,7 @@ def fit(
     after_step: Callable[[], object] = lambda: None,
     after_batch: Callable[[], object] = lambda: None,
     after_epoch: Callable[[History], object] = lambda history: None,
+    ranks: Ranks = ALONE,
 ) -> History:
     """Train for one epoch at each learning rate in `rates`; returns the `History`.
 
@@ -336,10 +380,13 @@ def fit(
     `after_step` is called after each training step, `after_batch` after each evaluated batch
     and `after_epoch`, with the history so far, after each epoch. What they raise ends the
     training, which can go on later from `state`.
+    Several `ranks` train as one process does, each on its rows of every batch, from equal states
+    to equal states. Raises InvalidValue for what cannot be split, see `layers.sharing`.
     """
     sets = {"train": train, "valid": valid, "test": test}
-    style, step = resolve_progress(progress), Step(state, train, penalty, loss)
-    with _bar(style, state, len(step.order), len(rates)) as bar:
+    shard = Shard(ranks, train.batch_size) if ranks.world > 1 else None
+    style, step = resolve_progress(progress), Step(state, train, penalty, loss, shard)
+    with sharing(state.model, shard), _bar(style, state, len(step.order), len(rates)) as bar:
         for epoch in range(len(state.history) + 1, len(rates) + 1):
             lr = rates[epoch - 1]
             set_rate(state.optimizer, lr)
@@ -348,7 +395,9 @@ def fit(
             row["train_mode_error"] = error
             due = epoch % evaluate_every == 0 or epoch == len(rates)
             tested = {name: batches for name, batches in sets.items() if batches and due}
-            results = {k: evaluate(state.model, b, mode, after_batch) for k, b in tested.items()}
+            results = {
+                k: evaluate(state.model, b, mode, after_batch, ranks) for k, b in tested.items()
+            }
             for name in sets:
                 row |= _error_columns(name, results.get(name), train.classes)
             row |= measure(state, results)

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from bnnlib.plots import plot_histories, use_book_style
-from bnnlib.runs.folder import stored_runs
+from bnnlib.runs.ledger import stored_runs
 
 PATH = Path(__file__).parent / "_static" / "memorization.png"
 

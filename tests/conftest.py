@@ -1,7 +1,7 @@
 """What several test files share: one thread, sets of noise, a small network, a finished run."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,11 @@ from bnnlib.data.images import ImageSet
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
 from bnnlib.experiments.variants import named
+from bnnlib.files import write_json
+from bnnlib.history import History
 from bnnlib.kernels import bits, compiled
 from bnnlib.models import Architecture
+from bnnlib.runs.record import HISTORY, RECORD
 from bnnlib.runs.run import run
 
 DIGITS = tuple("0123456789")
@@ -103,3 +106,27 @@ EACH_KIND = {
 def each_kind(request):
     """An experiment of each kind that differs in its network."""
     return request.param
+
+
+@pytest.fixture
+def write_run():
+    """Writes the two files of a run that never took place; without `seconds` it is unfinished."""
+
+    def write(folder, experiment, rows, **record):
+        folder.mkdir(parents=True, exist_ok=True)
+        History(rows).save(folder / HISTORY)
+        splits = {"train": 881, "test": 100}
+        about = {
+            "experiment_sha256": experiment.digest(),
+            "versions": {"bnnlib": "0.2.0"},
+            "device": "a computer",
+            "threads": 1,
+            "started": "2026-01-01T00:00:00+00:00",
+            "images": splits,
+            "corruptions": {split: [] for split in splits},
+            **dict.fromkeys(("image_sha256", "label_sha256"), dict.fromkeys(splits, "0" * 64)),
+        }
+        write_json(folder / RECORD, {"experiment": asdict(experiment), **about, **record})
+        return folder
+
+    return write

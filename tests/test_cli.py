@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 import bnnlib
 from bnnlib.cli import main
-from bnnlib.cli.texts import as_duration, as_text, parse_field, parse_seeds, parse_settings
+from bnnlib.cli.texts import as_text, parse_field, parse_settings
 from bnnlib.errors import BnnlibWarning, InvalidValue
 from bnnlib.experiments.experiment import FIELDS, MEANINGS
 from bnnlib.experiments.originals import PUBLISHED, published
@@ -31,8 +31,16 @@ from bnnlib.files import read_json, write_json
 from bnnlib.history import History
 from bnnlib.names import LOSSES, USED
 from bnnlib.runs.folder import load_run
-from bnnlib.runs.record import HISTORY, RECORD, RESULTS, SURROUNDINGS, is_finished
+from bnnlib.runs.record import (
+    HISTORY,
+    RECORD,
+    RESULTS,
+    SURROUNDINGS,
+    as_duration,
+    is_finished,
+)
 from bnnlib.runs.result import differences
+from bnnlib.sweeps.grid import parse_seeds
 
 RUN = ("run", "svhn-random-labels", "--profile", "smoke")
 EVALUATE = ("run", "svhn-evaluation", "--profile", "smoke")
@@ -161,6 +169,7 @@ def test_what_needs_no_pytorch_does_not_load_it(tmp_path):
     good = [
         *("--help", "--version", "list", "list --variants --json", "names", "run --help"),
         *("describe svhn-l2 --set seed=1", "describe svhn-evaluation", "show @", "compare @ @"),
+        "results @",
     ]
     bad = [
         *("rnu", "describe svhn-l3", "describe svhn-l2 --profile quik", "run svhn-l2 --set x=1"),
@@ -169,6 +178,7 @@ def test_what_needs_no_pytorch_does_not_load_it(tmp_path):
         *("run svhn-l2 --set dataset=no.npz", "run svhn-l2 --out @", "show no", "plot @ no"),
         *("run svhn-evaluation --set run_folder=no", "run svhn-l2 --checkpoint-every nan"),
         *("evaluate @", "list --use no.py", "plot @ --out a.gif", "capacity --device x"),
+        *("results no", "results @ --csv @"),
     ]
     commands = [*good, *bad, "plot @"]  # the last one, so that PyTorch is noticed
     result = subprocess.run(
@@ -525,7 +535,10 @@ def test_the_command_that_is_shown_makes_the_run(here):
 
 
 def test_two_runs_are_compared_by_settings_errors_and_bits(here):
-    call(*RUN, "--seeds", "1,2", "--out", "two", "--set", "epochs=12")
+    for seed in ("1", "2"):
+        settings = (f"{name}={seed}" for name in ("seed", "corruption_seed"))
+        settings = [word for setting in settings for word in ("--set", setting)]
+        call(*RUN, "--out", f"two/seed{seed}", *settings, "--set", "epochs=12")
     text = call("compare", "two/seed1", "two/seed2").stdout
     one, other = (load_run(f"two/seed{seed}") for seed in (1, 2))
     rows = [line.split() for line in text.splitlines()]

@@ -8,7 +8,7 @@ import re
 import signal
 import stat
 import threading
-from math import inf, isnan
+from math import inf, isnan, nan
 from pathlib import Path
 
 import pytest
@@ -236,6 +236,25 @@ def test_what_is_no_table_of_numbers_is_refused_with_the_line(text, reason, tmp_
     with pytest.raises(DamagedFile, match=f"{path}, line .*no table of numbers") as caught:
         files.read_table(path)
     assert re.search(reason, str(caught.value).replace("\\", ""))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a,b,c\n1,,3\r\n-2.5,inf,\n", '"a,1",b,c\n1,2,3\n', "a\n", "\n", "", f"b\n{2**60 + 1}\n"],
+)
+def test_columns_are_those_of_the_whole_table_and_nan_where_it_has_none(text):
+    rows = files.parse_table(text, "here")
+    columns = files.parse_columns(text, "here", ("c", "b", "no"))
+    assert list(columns) == ["c", "b", "no"]
+    for name, values in columns.items():
+        assert str(values) == str([row.get(name, nan) for row in rows])
+
+
+@pytest.mark.parametrize("case", [name for name in NO_TABLE if name != "a long cell"])
+def test_columns_of_what_is_no_table_of_numbers_are_refused(case):
+    with pytest.raises(DamagedFile, match=r"here.*no table of numbers") as caught:
+        files.parse_columns(NO_TABLE[case][0], "here", ("a",))
     assert str(caught.value).isprintable()
 
 

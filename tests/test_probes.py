@@ -9,7 +9,6 @@ from bnnlib import probes
 from bnnlib.batches import Batches
 from bnnlib.corruption import random_labels
 from bnnlib.errors import InvalidValue
-from bnnlib.history import History
 from bnnlib.layers import binary_layers, seed_layers
 from bnnlib.models import binarynet
 from bnnlib.quantizers import sign
@@ -33,21 +32,6 @@ def with_signs(model):
 @pytest.fixture
 def model(tiny):
     return seed_layers(binarynet(tiny, generator=seeded(), weights="stochastic"), 7)
-
-
-# -------------------------------------------------------------------------- time to memorize
-
-
-def test_epochs_to_reach_are_the_first_evaluated_ones_at_or_under_each_limit():
-    errors = [0.9, nan, 0.5, nan, 0.08, 0.3, 0.02]
-    history = History([{"epoch": i, "train_error": e} for i, e in enumerate(errors, start=1)])
-    assert probes.epochs_to_reach(history) == [3, 5, None]
-    assert probes.epochs_to_reach(history, (0.02, 0.95)) == [7, 1]
-    assert probes.epochs_to_reach(History()) == [None] * 3
-    history = History([{"epoch": 4, "train_error": 0.9, "test_error": 0.1}])
-    assert probes.epochs_to_reach(history, (0.5,), "test_error") == [4]
-    with pytest.raises(InvalidValue, match="did you mean 'test_error'"):
-        probes.epochs_to_reach(history, (0.5,), "tets_error")
 
 
 # ------------------------------------------------------------------- flips and saturation

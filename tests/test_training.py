@@ -11,7 +11,7 @@ from torch import nn
 from bnnlib import training
 from bnnlib.batches import Batches
 from bnnlib.errors import DamagedFile, InvalidValue, NotFinite
-from bnnlib.history import History, describe_row
+from bnnlib.history import History, describe_row, epochs_to_reach, parse_epochs
 from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet
@@ -470,12 +470,26 @@ def test_columns_by_name():
         LONG["trainloss"]
 
 
-@pytest.mark.parametrize("text", ["loss\n1\n", "epoch,loss\n,1\n", "epoch\n1.5\n", "epoch\ninf\n"])
-def test_a_history_without_whole_epochs_is_refused(text, tmp_path):
+@pytest.mark.parametrize("epoch", ["", "1.5", "inf", "1e16", None])
+def test_a_history_without_whole_epochs_is_refused(epoch, tmp_path):
     path = tmp_path / "history.csv"
+    text = "loss\n1\n" if epoch is None else f"epoch,loss\n{epoch},1\n"
     path.write_text(text)
-    with pytest.raises(DamagedFile, match=r"history\.csv is no history: a row has no epoch"):
-        History.load(path)
+    for read in (History.load, lambda path: parse_epochs(text, path, ["loss"])):
+        with pytest.raises(DamagedFile, match=r"history\.csv is no history: a row has no epoch"):
+            read(path)
+
+
+def test_epochs_to_reach_are_the_first_evaluated_ones_at_or_under_each_limit():
+    errors = [0.9, nan, 0.5, nan, 0.08, 0.3, 0.02]
+    history = History([{"epoch": i, "train_error": e} for i, e in enumerate(errors, start=1)])
+    assert epochs_to_reach(history) == [3, 5, None]
+    assert epochs_to_reach(history, (0.02, 0.95)) == [7, 1]
+    assert epochs_to_reach(History()) == [None] * 3
+    history = History([{"epoch": 4, "train_error": 0.9, "test_error": 0.1}])
+    assert epochs_to_reach(history, (0.5,), "test_error") == [4]
+    with pytest.raises(InvalidValue, match="did you mean 'test_error'"):
+        epochs_to_reach(history, (0.5,), "tets_error")
 
 
 def test_chance_is_that_of_the_classes_whose_errors_were_counted():

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from bnnlib.runs.folder import stored_runs
+from bnnlib.runs.ledger import results
 
 PROJECT = Path(__file__).parents[1]
 LOOK = """
 import json
-from bnnlib.runs import folder as folders
+from bnnlib.runs import ledger
 from bnnlib.studies import capacity, claims
 print(json.dumps({
-    "root": str(folders.RESULTS),
-    "runs": [run.experiment.digest() for run in folders.stored_runs()],
+    "root": str(ledger.RESULTS),
+    "runs": list(ledger.results()["digest"]),
     "reliability": len(claims.reliability()),
     "capacity": sorted(path.name for path in capacity.STORED.iterdir()),
 }))
@@ -42,15 +42,15 @@ def installed(tmp_path_factory):
 def test_an_installed_bnnlib_has_the_stored_runs(installed, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(installed)!r})\n{LOOK}"
     found = json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path))
-    assert found["root"] == str(installed / "bnnlib" / "results")
-    assert found["runs"] == [kept.experiment.digest() for kept in stored_runs()]
+    assert found["root"] == str(installed / "bnnlib" / "stored")
+    assert found["runs"] == list(results()["digest"])
     assert found["reliability"] > 0
     assert found["capacity"] == ["grid.csv", "grid.json"]
 
 
 def test_every_stored_file_but_a_picture_is_installed(installed):
     there, packed = (
-        {path.relative_to(root) for path in (root / "results").rglob("*.[!p]*")}
-        for root in (PROJECT, installed / "bnnlib")
+        {path.relative_to(root) for path in root.rglob("*.[!p]*")}
+        for root in (PROJECT / "results", installed / "bnnlib" / "stored")
     )
     assert packed == there

@@ -17,6 +17,7 @@ FLOORS = {
     "files": (),
     "tensors": (),
     "names": (),
+    "parallel": (),
     "quantizers": (),
     "kernels": (
         *("geometry", "definitions", "compiled", "bits"),
@@ -39,10 +40,17 @@ FLOORS = {
     "probes": (),
     "plots": (),
     "experiments": ("experiment", "originals", "variants", "profiles", "scored", "build"),
-    "runs": ("interrupts", "record", "result", "checkpoint", "folder", "evaluation", "run"),
+    "runs": (
+        *("interrupts", "record", "result", "checkpoint", "folder"),
+        *("ledger", "evaluation", "run"),
+    ),
     "studies": ("capacity", "claims"),
     "notebook": (),
-    "cli": ("shell", "texts", "options", "running", "looking"),
+    "sweeps": (
+        *("tasks", "chapters", "grid", "books", "state", "worker"),
+        *("client", "clusters", "cost", "progress", "launch"),
+    ),
+    "cli": ("shell", "texts", "options", "running", "sweeping", "looking"),
     "__main__": (),
 }
 ORDER = [
@@ -91,7 +99,7 @@ def test_every_public_name_is_there_and_an_unknown_one_is_an_attribute_error():
         bnnlib.binaryConv2d  # noqa: B018
 
 
-def test_importing_bnnlib_alone_loads_no_torch():
-    code = "import sys, bnnlib; before = 'torch' in sys.modules; bnnlib.sign; "
-    code += "sys.exit(before or 'torch' not in sys.modules)"
+def test_importing_bnnlib_and_its_commands_loads_neither_torch_nor_pandas():
+    code = "import sys, bnnlib, bnnlib.cli; before = {'torch', 'pandas'} & {*sys.modules}; "
+    code += "bnnlib.sign; sys.exit(bool(before) or 'torch' not in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,7 +7,7 @@ whose import takes seconds: a command imports what needs it when it begins to wo
 import click
 
 import bnnlib
-from bnnlib.cli.looking import compare, evaluate, export, pack, plot, show
+from bnnlib.cli.looking import compare, evaluate, export, pack, plot, results, show
 from bnnlib.cli.running import (
     capacity,
     describe,
@@ -17,10 +17,11 @@ from bnnlib.cli.running import (
     svhn_subset,
 )
 from bnnlib.cli.shell import Group
+from bnnlib.cli.sweeping import sweep
 
 COMMANDS = (
-    *(list_experiments, names, describe, run_experiment, show, compare, plot, evaluate),
-    *(pack, export, capacity, svhn_subset),
+    *(list_experiments, names, describe, run_experiment, sweep, show, compare, results, plot),
+    *(evaluate, pack, export, capacity, svhn_subset),
 )
 
 

@@ -1,4 +1,4 @@
-"""Looking at runs: one by itself, two beside each other, several in a figure, one scored."""
+"""Looking at runs: one by itself, two beside each other, many in a table or figure, one scored."""
 
 import io
 import os
@@ -6,14 +6,14 @@ import shlex
 import time
 from math import isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bnnlib.cli.options import DATA, DEVICE, DOWNLOAD, USE, check_data, run_folder
-from bnnlib.cli.texts import as_duration, as_text
+from bnnlib.cli.texts import as_text
 from bnnlib.errors import DataNotFound, InvalidValue, check_name
-from bnnlib.experiments.experiment import Experiment
+from bnnlib.experiments.experiment import FIELDS, Experiment
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import EXPERIMENTS
 from bnnlib.files import Row, atomic_write
@@ -24,13 +24,21 @@ from bnnlib.runs.record import (
     LABELS,
     PARAMETERS,
     RECORD,
+    as_duration,
     counted,
     read_run,
     trained_on,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 EPOCHS_SHOWN = 8  # rows of a table of errors, at most
 COLUMNS_SHOWN = 3  # of a history, where two of them differ
+ROWS_SHOWN = 40  # of a table of runs
+CELL_SHOWN = 30  # characters of a cell of it
+WIDTH = 100  # characters of a line of it
+BOTH = ("train", "test")
 PICTURES = (".png", ".pdf", ".svg")
 
 # ------------------------------------------------------------------------------------ one run
@@ -170,6 +178,77 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     )
 
 
+# ---------------------------------------------------------------------------------- many runs
+
+
+def _new_file(name: str, help: str):
+    """An option that takes the path of a file to be made."""
+    kind = click.Path(path_type=Path)
+    return click.option(name, type=kind, metavar="FILE", show_default="no file", help=help)
+
+
+@click.command()
+@run_folder("folder", default="runs", metavar="[FOLDER]")
+@_new_file("--csv", "Write the whole table, all its columns, into a new file.")
+@_new_file("--parquet", "The same as Parquet.")
+@click.option("--ledger", is_flag=True, help="Keep the rows in FOLDER/ledger.parquet, to be quick.")
+@USE
+def results(folder: Path, csv: Path | None, parquet: Path | None, ledger: bool) -> None:
+    """The finished runs under a folder, in one table.
+
+    Errors are in percent, but shares between 0 and 1 in the files. A file that is there already
+    is left alone; the ledger is only a copy of what the folders say, and is replaced.
+    """
+    files = {option: path for option, path in (("--csv", csv), ("--parquet", parquet)) if path}
+    for option, path in files.items():
+        _check_new(path, option)
+    from bnnlib.runs.ledger import as_parquet, results, write_ledger
+
+    if ledger:
+        click.echo(write_ledger(folder))
+        if not files:
+            return
+    table = results(folder)
+    for option, path in files.items():
+        content = table.to_csv().encode() if option == "--csv" else as_parquet(table)
+        atomic_write(path, content)
+        click.echo(path)
+    if not files:
+        click.echo("\n".join(_lines(table)) if len(table) else f"no finished run in {folder}")
+
+
+def _lines(table: "pd.DataFrame") -> list[str]:
+    """The first rows of a ledger in at most `WIDTH` columns, and what there is no room for.
+
+    Of the settings there are those in which runs of one experiment and profile differ.
+    """
+    several = table.groupby(["experiment", "profile"]).nunique(dropna=False).max() > 1
+    settings = [name for name in FIELDS if several.get(name, False)]
+    alike = table.get("corruption_seed", table["seed"]).equals(table["seed"])
+    unshown = {"seed", "run_folder", *["corruption_seed"] * alike}
+    settings = [name for name in settings if name not in unshown]
+    rows = table.sort_values(["experiment", "profile", "seed"], kind="stable").head(ROWS_SHOWN)
+    columns = {n: _texts(rows[n], "none") for n in ("experiment", "profile", "seed", *settings)}
+    columns |= {f"{split} %": list(map(_percent, rows[f"{split}_error"])) for split in BOTH}
+    columns["to 10 %"] = _texts(rows["epochs_to_10"], "-")
+    columns["time"] = list(map(as_duration, rows["seconds"]))
+    left_out = []
+    while settings and sum(max(map(len, (n, *c))) + 2 for n, c in columns.items()) - 2 > WIDTH:
+        left_out.insert(0, settings.pop())
+        del columns[left_out[0]]
+    lines = [_table([tuple(columns), *zip(*columns.values(), strict=True)])]
+    if len(table) > ROWS_SHOWN:
+        lines.append(f"and {counted(len(table) - ROWS_SHOWN, 'run')} more: --csv FILE has all")
+    if left_out:
+        lines.append(f"no room for {', '.join(left_out)}: --csv FILE has them")
+    return lines
+
+
+def _texts(column: "pd.Series", missing: str) -> list[str]:
+    values = column.astype(object).where(column.notna(), missing)
+    return [as_text(value)[:CELL_SHOWN] for value in values]
+
+
 # --------------------------------------------------------------------------- figures and scores
 
 
@@ -189,9 +268,9 @@ def _check_picture(path: Path) -> None:
     _check_new(path)
 
 
-def _check_new(path: Path) -> None:
+def _check_new(path: Path, option: str = "--out") -> None:
     if os.path.lexists(path):
-        raise InvalidValue(f"{path} is there already; name another file with --out")
+        raise InvalidValue(f"{path} is there already; name another file with {option}")
     if not path.parent.is_dir():
         raise DataNotFound(f"no folder {path.parent} to write {path.name} in")
 

@@ -8,12 +8,12 @@ import click
 
 from bnnlib.data.npz import find_npz
 from bnnlib.data.published import data_folder
-from bnnlib.errors import DataNotFound
+from bnnlib.errors import DataNotFound, InvalidValue, check_name
 from bnnlib.experiments.experiment import FIELDS, Experiment
 from bnnlib.experiments.profiles import PROFILES
 from bnnlib.experiments.variants import EXPERIMENTS
 from bnnlib.files import as_folder
-from bnnlib.names import check_device, use
+from bnnlib.names import PRECISIONS, check_device, use
 
 
 def checked(check: Callable[[Any], object]) -> Callable:
@@ -98,3 +98,25 @@ DATA = folder_option(
     "--data", "Folder of the real data sets.", show_default="$BNNLIB_DATA, or data"
 )
 DOWNLOAD = click.option("--download", is_flag=True, help="Fetch a real set that is not there.")
+
+
+def _check_seconds(value: float) -> None:
+    if not value >= 0:  # NaN is not
+        raise InvalidValue(f"--checkpoint-every must be 0 seconds or more, got {value}")
+
+
+CHECKPOINT_EVERY = click.option(
+    "--checkpoint-every",
+    default=300.0,
+    metavar="SECONDS",
+    type=float,
+    callback=checked(_check_seconds),
+    help="Least time between two saves of the state, in seconds.",
+)
+PRECISION = click.option(
+    "--precision",
+    default="auto",
+    shell_complete=completed(PRECISIONS),
+    callback=checked(lambda value: check_name("precision", value, PRECISIONS)),
+    help=f"Of the sums of binary layers: {', '.join(PRECISIONS)}; auto: half on a GPU.",
+)

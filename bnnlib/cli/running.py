@@ -1,6 +1,7 @@
 """What can be run, and running it."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, replace
 from pathlib import Path
@@ -12,29 +13,29 @@ from click.core import ParameterSource
 
 from bnnlib import names as registries
 from bnnlib.cli.options import (
+    CHECKPOINT_EVERY,
     DATA,
     DEVICE,
     DOWNLOAD,
     JSON,
     NAME,
+    PRECISION,
     PROFILE,
     SET,
     USE,
     check_data,
-    checked,
-    completed,
     folder_option,
 )
-from bnnlib.cli.texts import as_text, parse_seeds, parse_settings
-from bnnlib.errors import InvalidValue, check_fills_batch, check_name
+from bnnlib.cli.texts import as_text, parse_settings
+from bnnlib.errors import InvalidValue, check_fills_batch
 from bnnlib.experiments.experiment import ALLOWED, DEFAULTS, MEANINGS, Experiment, Range
 from bnnlib.experiments.originals import PUBLISHED
 from bnnlib.experiments.profiles import at_profile
 from bnnlib.experiments.scored import EVALUATION_FIELDS, as_scored
 from bnnlib.experiments.variants import VARIANTS, named
-from bnnlib.history import describe_row
-from bnnlib.names import PRECISIONS
+from bnnlib.history import History, describe_row
 from bnnlib.runs.record import folder_to_score, holds_finished, read_run
+from bnnlib.sweeps.grid import both_seeds, parse_seeds
 
 COLUMNS = 100  # of a terminal
 VALUE, MEANING = 24, 50  # columns in which the value of a field and its meaning begin
@@ -126,11 +127,6 @@ def _all_fields(experiment: Experiment) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ running
 
 
-def _check_seconds(value: float) -> None:
-    if not value >= 0:  # NaN is not
-        raise InvalidValue(f"--checkpoint-every must be 0 seconds or more, got {value}")
-
-
 @click.command("run")
 @NAME
 @PROFILE
@@ -146,21 +142,8 @@ def _check_seconds(value: float) -> None:
 @DEVICE
 @DATA
 @DOWNLOAD
-@click.option(
-    "--checkpoint-every",
-    default=300.0,
-    metavar="SECONDS",
-    type=float,
-    callback=checked(_check_seconds),
-    help="Least time between two saves of the state, in seconds.",
-)
-@click.option(
-    "--precision",
-    default="auto",
-    shell_complete=completed(PRECISIONS),
-    callback=checked(lambda value: check_name("precision", value, PRECISIONS)),
-    help=f"Of the sums of binary layers: {', '.join(PRECISIONS)}; auto: half on a GPU.",
-)
+@CHECKPOINT_EVERY
+@PRECISION
 def run_experiment(name, profile, out, settings, seeds, data, **how) -> None:
     """Run one experiment and keep it in a folder.
 
@@ -168,11 +151,12 @@ def run_experiment(name, profile, out, settings, seeds, data, **how) -> None:
 
     Ctrl-C once, or SIGTERM: finish the step, save, stop with status 130. Twice: stop now.
 
-    --seeds 0-2, or 0,1,2, runs three, one after the other, with these as seed and corruption_seed.
+    --seeds 0-2, or 0,1,2, runs three, with these as seed and corruption_seed: side by side, each on
+    one thread or one GPU.
     """
     changes, base = parse_settings(settings), at_profile(named(name), profile)
     seeds = [] if seeds is None else parse_seeds(seeds)
-    each = [{"seed": seed, "corruption_seed": seed} for seed in seeds] or [{}]
+    each = [both_seeds(seed) for seed in seeds] or [{}]
     if seeds and (twice := changes.keys() & each[0].keys()):
         raise InvalidValue(f"--seeds gives {' and '.join(sorted(twice))}, so --set cannot")
     trials = []  # a mistake is told before any of them runs, or loads PyTorch
@@ -184,8 +168,11 @@ def run_experiment(name, profile, out, settings, seeds, data, **how) -> None:
         if not trial[-1]:
             check_data(trial[0], data, how["download"])
         trials.append(trial)
+    how |= {"root": data}
+    if len(trials) > 1 and _can_sweep():
+        return _run_side_by_side(trials, out, how)
     for trial in trials:
-        _run_one(*trial, how | {"root": data})
+        _run_one(*trial, how)
 
 
 def _planned(
@@ -221,6 +208,49 @@ def default_folder(experiment: Experiment, profile: str) -> Path:
     return Path("runs") / experiment.name / f"{profile}-seed{experiment.seed}"
 
 
+def _can_sweep() -> bool:
+    from bnnlib.sweeps.launch import is_installed
+
+    if found := is_installed():
+        return True
+    told = "without Dask (pip install 'bnnlib[sweep]') the seeds run one after the other"
+    click.echo(told, err=True)
+    return found
+
+
+def _run_side_by_side(trials: list[tuple], out: Path | None, how: dict[str, Any]) -> None:
+    """The runs of several seeds as a sweep on this machine."""
+    from bnnlib.sweeps.launch import Plan, Where, launch
+    from bnnlib.sweeps.state import begin
+    from bnnlib.sweeps.tasks import RunTask, label
+
+    root = (out or trials[0][2].parents[1]).absolute()
+    tasks = {}
+    for e, source, folder, was_finished in trials:
+        wanted = [(e, folder)]
+        if source and not was_finished:
+            wanted.insert(0, (source, Path(e.run_folder)))
+        needs = ""
+        for each, place in wanted:
+            place = place.absolute()
+            name = os.path.relpath(place, root)
+            said = label(each.name, {"seed": each.seed})
+            tasks[name] = RunTask(each, place, name, said, needs)
+            needs = name
+    if how.pop("download"):  # once, before the workers read
+        from bnnlib.experiments.build import prepare_data
+
+        prepare_data(trials[0][0], how["root"], True)
+    planned = Plan(begin(list(tasks.values())))
+    where = Where(device=how["device"])
+    sweep = launch(planned, root, trials[0][0].name, where, how, lambda t: click.echo(t, err=True))
+    for _, _, folder, _ in trials:
+        if not sweep.failed:
+            click.echo(_last_words(read_run(folder)[2], folder))
+    if sweep.failed:
+        click.get_current_context().exit(1)
+
+
 def _run_one(
     e: Experiment, source: Experiment | None, out: Path, was_finished: bool, how: dict[str, Any]
 ) -> None:
@@ -236,8 +266,11 @@ def _run_one(
     if was_finished and unused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         click.echo(f"without effect on a finished run: {options}", err=True)
-    last = describe_row(result.history.rows[-1]) if len(result.history) else "not trained"
-    click.echo(f"{last}\n{out}")
+    click.echo(_last_words(result.history, out))
+
+
+def _last_words(history: History, folder: Path) -> str:
+    return f"{describe_row(history.rows[-1]) if len(history) else 'not trained'}\n{folder}"
 
 
 @click.command()

@@ -4,19 +4,26 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, NoReturn
 
 import click
 
-from bnnlib.errors import BnnlibError, Interrupted, InvalidValue
+from bnnlib.errors import BnnlibError, Interrupted, InvalidValue, RankLost
+from bnnlib.process import place
 from bnnlib.runs.interrupts import signals_to
+
+PATIENCE = 5.0  # seconds that other ranks leave to the first to say an error that all have met
 
 
 class Group(click.Group):
     """A command group that prints our errors in one line, and stops as a shell expects.
 
-    SIGTERM, with which clusters stop a job, is as good as Ctrl-C.
+    SIGTERM, with which clusters stop a job, is as good as Ctrl-C. Of several ranks the first
+    speaks for all.
     """
 
     def main(self, *arguments: Any, **options: Any) -> Any:
@@ -26,7 +33,8 @@ class Group(click.Group):
         """
         try:
             try:
-                return super().main(*arguments, **options)
+                with _silent_but_for_the_first():
+                    return super().main(*arguments, **options)
             finally:
                 if sys.stdout:
                     sys.stdout.flush()
@@ -41,17 +49,44 @@ class Group(click.Group):
             with warnings.catch_warnings(), signals_to(signal.default_int_handler):
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
-        except InvalidValue as error:
-            raise click.UsageError(str(error)) from None
         except BnnlibError as error:
-            raise click.ClickException(str(error)) from None
+            if place()[0]:
+                _say_what_the_first_does_not(error)
+            usage = isinstance(error, InvalidValue)
+            raise (click.UsageError if usage else click.ClickException)(str(error)) from None
         except Interrupted as interrupt:
-            same = f"{context.command_path} {shlex.join(sys.argv[1:])}"
+            start = context.command_path
+            if place()[1] > 1:
+                start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m bnnlib"
+            same = f"{start} {shlex.join(sys.argv[1:])}"
             click.echo(f"{interrupt}\nto go on: {same}", err=True)
             sys.exit(130)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+
+
+@contextmanager
+def _silent_but_for_the_first() -> Iterator[None]:
+    """Inside the `with` block all ranks but the first print to nowhere."""
+    if place()[0] == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _say_what_the_first_does_not(error: BnnlibError) -> NoReturn:
+    """End a rank, with the error, unless the first one has met it, too.
+
+    Then `torchrun` ends this one while it waits. A lost rank may be the first.
+    """
+    told = str(error)
+    if not isinstance(error, RankLost):
+        time.sleep(PATIENCE)
+        told = f"rank {place()[0]}: {told}"
+    print(f"Error: {told}", file=sys.__stderr__, flush=True)
+    sys.exit(1)
 
 
 def _output_is_lost() -> bool:

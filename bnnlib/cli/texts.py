@@ -1,14 +1,10 @@
 """What a person types becomes values, and values become what a person types."""
 
-import re
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from bnnlib.errors import InvalidValue, check_name, shown
 from bnnlib.experiments.experiment import FIELDS, type_name
-
-MOST_SEEDS = 1000
-SEED_RANGE = re.compile(r" *([0-9]{1,19})(?:-([0-9]{1,19}))? *")
 
 
 def parse_field(field: str, text: str) -> Any:
@@ -53,41 +49,8 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
-def parse_seeds(text: str) -> list[int]:
-    """The seeds in a text such as "0,1,2" or "0-2,5", in its order, each once.
-
-    Raises InvalidValue for another form, a range that runs backwards, a seed that occurs twice,
-    and more than `MOST_SEEDS`.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = SEED_RANGE.fullmatch(part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last or len(seeds) + last - first >= MOST_SEEDS:
-            raise InvalidValue(
-                f"--seeds takes at most {MOST_SEEDS:,} whole numbers and rising ranges with commas "
-                f"between them, such as 0,1,2 or 0-2,5; got {shown(text)}"
-            )
-        seeds += range(first, last + 1)
-    if len(set(seeds)) < len(seeds):
-        raise InvalidValue(f"--seeds names a seed twice: {shown(text)}")
-    return seeds
-
-
 def as_text(value: Any) -> str:
     """A field's value as `parse_field` reads it."""
     if isinstance(value, tuple):
         return ",".join(map(as_text, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def as_duration(seconds: float) -> str:
-    """A time in the two largest of its units, such as '7 min 58 s'."""
-    if not 0 <= seconds < 2**63:  # NaN is not
-        return "an unknown time"
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
-    whole, low, high, size = round(seconds), "s", "min", 60
-    if whole >= 3600:
-        whole, low, high = round(seconds / 60), "min", "h"
-    return f"{whole // size:,} {high} {whole % size} {low}"

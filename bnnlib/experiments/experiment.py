@@ -207,6 +207,8 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
 
 
 def _as_type(value: Any, hint: Any) -> Any:
+    if type(value) is hint:
+        return value
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from bnnlib.data.npz import read_npz
-from bnnlib.errors import BnnlibWarning, DamagedFile, DataNotFound, FolderInUse, InvalidValue, shown
+from bnnlib.errors import BnnlibWarning, DamagedFile, FolderInUse, InvalidValue, shown
 from bnnlib.experiments.build import build_model, network_settings
 from bnnlib.experiments.experiment import Experiment
-from bnnlib.files import LOCK, atomic_write, write_json
+from bnnlib.files import LOCK, atomic_write, read_text, write_json
 from bnnlib.models import Inputs, build_network
 from bnnlib.names import NETWORKS
 from bnnlib.runs.record import (
@@ -30,7 +30,6 @@ from bnnlib.runs.record import (
     LABELS,
     PARAMETERS,
     RECORD,
-    RESULTS,
     SURROUNDINGS,
     check_hash,
     check_holds,
@@ -111,7 +110,7 @@ def finish(folder: Path, result: Run) -> Run:
     if result.model is not None:
         atomic_write(folder / PARAMETERS, tensor_bytes(result.model.state_dict()))
     result.history.save(folder / HISTORY)
-    record = result.record | {"history_sha256": table_hash(folder / HISTORY)}
+    record = result.record | {"history_sha256": table_hash(read_text(folder / HISTORY))}
     record["seconds"] = round(sum(result.history["seconds"]), 3)
     _write_record(folder, result.experiment, record)
     with suppress(OSError):  # nobody writes here again; Windows keeps a file that is open
@@ -171,16 +170,3 @@ def _load_labels(path: Path, record: dict[str, Any]) -> dict[str, torch.Tensor]:
         found = hashlib.sha256(array.astype("<i8").tobytes()).hexdigest()
         check_hash(path, found, record["label_sha256"][split])
     return {split: torch.from_numpy(array) for split, array in labels.items()}
-
-
-def stored_runs(name: str | None = None, root: str | Path = RESULTS) -> list[Run]:
-    """The finished runs under `root`, sorted by folder; only those of one experiment if named.
-
-    Raises DataNotFound where there is no such folder.
-    """
-    if not os.path.isdir(root):
-        raise DataNotFound(f"no folder {Path(root).absolute()} to look for stored runs in")
-    folders = sorted(path.parent for path in Path(root).rglob(RECORD))
-    records = [(folder, *read_record(folder)) for folder in folders]
-    finished = [(folder, e) for folder, e, record in records if "seconds" in record]
-    return [load_run(folder) for folder, e in finished if name in (None, e.name)]

@@ -8,30 +8,39 @@ from contextlib import contextmanager
 from bnnlib.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ON_REQUEST = 1000  # beside the numbers of signals
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], None]]:
-    """Inside the `with` block a first SIGINT or SIGTERM waits, a second raises KeyboardInterrupt.
+def deferred_interrupts(
+    stop: Callable[[], bool] = lambda: False, agree: Callable[[int], int] = int
+) -> Iterator[Callable[[], None]]:
+    """Inside the `with` block a first SIGINT or SIGTERM waits; SIGINT after it stops at once.
 
-    Yields a function that raises Interrupted where a signal is waiting; to be called wherever
-    it is safe to stop. A signal that still waits at the end of the block is delivered then.
-    One that the process ignores stays ignored. Outside the main thread, where Python delivers
-    no signals, nothing changes.
+    It raises KeyboardInterrupt. SIGTERM does not: clusters repeat it, and a parent may pass it on.
+    Yields a function that raises Interrupted where a signal is waiting, or where `stop` says so;
+    to be called wherever it is safe to stop. A signal that still waits at the end of the block is
+    delivered then. One that the process ignores stays ignored. Outside the main thread, where
+    Python delivers no signals, only `stop` is asked.
+    `agree` makes one number of those of all processes that must stop together, where each gives 0
+    or the number of its reason: `Ranks.most`.
     """
     waiting: list[int] = []
     answered = False
 
     def receive(number: int, frame: object) -> None:
-        if waiting:
+        if waiting and number == signal.SIGINT:
             raise KeyboardInterrupt
         waiting.append(number)
 
     def check() -> None:
         nonlocal answered
-        if waiting:
-            answered = True
-            raise Interrupted(f"stopped by {signal.Signals(waiting[0]).name}")
+        reason = agree(waiting[0] if waiting else ON_REQUEST if stop() else 0)
+        if reason:
+            answered = bool(waiting)
+            named = reason != ON_REQUEST
+            by = f"by {signal.Signals(reason).name}" if named else "on request"
+            raise Interrupted(f"stopped {by}")
 
     with signals_to(receive):
         yield check

@@ -1,22 +1,24 @@
-"""What a folder says of its run, read without being trusted, and whose folder it is.
+"""What a folder says of its run, read without being trusted, its profile, and whose folder it is.
 
 It needs no PyTorch: to look at a run is quick.
 """
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, InvalidValue, shown
-from bnnlib.experiments.experiment import Experiment
+from bnnlib.experiments.experiment import FIELDS, Experiment
+from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import EXPERIMENTS
 from bnnlib.files import LOCK, TEMPORARY, read_json, read_text
 from bnnlib.history import History
 from bnnlib.names import DRAWN
 
 # Histories of long runs: in an installed bnnlib within the package, in the repository beside it.
-_WITHIN = Path(__file__).parents[1] / "results"
+_WITHIN = Path(__file__).parents[1] / "stored"
 RESULTS = _WITHIN if _WITHIN.is_dir() else Path(__file__).parents[2] / "results"
 FORMAT = 1  # of a folder; raised when an older bnnlib could misread a newer one
 RECORD, HISTORY, LABELS = "experiment.json", "history.csv", "labels.npz"
@@ -117,14 +119,24 @@ def read_run(folder: Path) -> tuple[Experiment, dict[str, Any], History]:
 
     Raises DataNotFound where the folder holds no run, DamagedFile for a file that was altered.
     """
+    experiment, record, text = read_texts(folder)
+    return experiment, record, History.parse(text, folder / HISTORY)
+
+
+def read_texts(folder: Path) -> tuple[Experiment, dict[str, Any], str]:
+    """Experiment and record of a run, and the text of its history, which has the recorded hash.
+
+    It is empty while the first epoch is under way. Raises what `read_run` raises.
+    """
     path = folder / HISTORY
     check_holds(folder, RECORD)
     experiment, record = read_record(folder)
     if "seconds" not in record and not os.path.isfile(path):
-        return experiment, record, History()  # its first epoch is under way
+        return experiment, record, ""
     check_holds(folder, HISTORY)
-    check_hash(path, table_hash(path), record.get("history_sha256"))
-    return experiment, record, History.load(path)
+    text = read_text(path)
+    check_hash(path, table_hash(text), record.get("history_sha256"))
+    return experiment, record, text
 
 
 def check_holds(folder: Path, name: str) -> None:
@@ -133,14 +145,43 @@ def check_holds(folder: Path, name: str) -> None:
         raise DataNotFound(f"{folder} holds no run that can be read: there is no {name} in it")
 
 
-def table_hash(path: Path) -> str:
-    """SHA-256 of a CSV file, whatever ends its lines."""
-    return hashlib.sha256("\n".join(read_text(path).splitlines()).encode()).hexdigest()
+def table_hash(text: str) -> str:
+    """SHA-256 of the text of a CSV file, whatever ends its lines."""
+    return hashlib.sha256("\n".join(text.splitlines()).encode()).hexdigest()
 
 
 def is_finished(folder: str | Path) -> bool:
     """Whether the folder holds a run that went to its end."""
     return os.path.isfile(Path(folder) / RECORD) and "seconds" in read_record(Path(folder))[1]
+
+
+# ------------------------------------------------------------------------ its profile
+
+LEFT_OPEN = {"name", "summary", "script", "seed", "corruption_seed", "data_seed", "run_folder"}
+
+
+def profile_of(experiment: Experiment) -> str:
+    """The profile whose form of the named experiment this is, whatever its seeds; or "own".
+
+    An experiment of a name that is in neither list is "own", too.
+    """
+    return forms(experiment.name).get(form(vars(experiment)), "own")
+
+
+def forms(name: str) -> dict[tuple[Any, ...], str]:
+    """The profile of each form of the experiment of a name; none of an unknown one."""
+    e = EXPERIMENTS.get(name)  # the first of two profiles that are one counts
+    return {form(vars(at_profile(e, p))): p for p in reversed(PROFILES)} if e else {}
+
+
+def form(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a profile decides of an experiment, from its fields or their cells in a table."""
+    return tuple(as_cell(fields[name]) for name in FIELDS if name not in LEFT_OPEN)
+
+
+def as_cell(value: Any) -> Any:
+    """A field's value in a table: a tuple is text, as `--set` takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 # ------------------------------------------------------------------------- for a reader
@@ -166,6 +207,18 @@ def trained_on(e: Experiment, images: int) -> str:
 def counted(n: int, thing: str) -> str:
     """`counted(1, "image")` is '1 image', `counted(2000, "image")` is '2,000 images'."""
     return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
+def as_duration(seconds: float) -> str:
+    """A time in the two largest of its units, such as '7 min 58 s'."""
+    if not 0 <= seconds < 2**63:  # NaN is not
+        return "an unknown time"
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
+    whole, low, high, size = round(seconds), "s", "min", 60
+    if whole >= 3600:
+        whole, low, high = round(seconds / 60), "min", "h"
+    return f"{whole // size:,} {high} {whole % size} {low}"
 
 
 # ------------------------------------------------------------------------ whose folder it is
@@ -210,7 +263,8 @@ def check_same(folder: Path, there: Experiment, asked: Experiment) -> None:
 def folder_to_score(e: Experiment, folder: Path | None) -> Path:
     """The folder of the run that an evaluation is about; or `folder`, where it was finished there.
 
-    Then it has the same settings, and is read again even where the run has been moved away.
+    Then it has the same settings, and is read again even where the run has been moved away. The
+    path in `run_folder` is as seen from `folder`, or else from here.
     """
     if folder and is_finished(folder) and read_record(folder)[0].evaluates:
         return folder
@@ -219,4 +273,5 @@ def folder_to_score(e: Experiment, folder: Path | None) -> Path:
             f"{e.name} evaluates a finished run, of {e.evaluates} or any other; "
             "name its folder in the field run_folder"
         )
-    return Path(e.run_folder)
+    beside = Path(os.path.normpath(folder / e.run_folder)) if folder else Path(e.run_folder)
+    return beside if os.path.isfile(beside / RECORD) else Path(e.run_folder)

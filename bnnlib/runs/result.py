@@ -2,9 +2,8 @@
 
 import hashlib
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ import bnnlib
 from bnnlib.data.images import ImageSet
 from bnnlib.experiments.build import inputs_of
 from bnnlib.experiments.experiment import Experiment
-from bnnlib.experiments.profiles import PROFILES, at_profile
-from bnnlib.experiments.variants import EXPERIMENTS
 from bnnlib.history import History, differing_columns
 from bnnlib.kernels import bits
 from bnnlib.models import Inputs, usual_inputs
@@ -96,40 +93,6 @@ def parameter_hash(model: nn.Module) -> str:
 
 
 # -------------------------------------------------------------------------- reading a result
-
-
-def profile_of(experiment: Experiment) -> str:
-    """The profile whose form of the named experiment this is, whatever its seeds; or "own".
-
-    An experiment of a name that is in neither list is "own", too.
-    """
-    original = EXPERIMENTS.get(experiment.name)
-    if original is None:
-        return "own"
-    here = replace(experiment, seed=0, corruption_seed=0, data_seed=0, run_folder="").spec()
-    own = (p for p in PROFILES if at_profile(original, p).spec() == here)
-    return next(own, "own")
-
-
-def summary(finished: Run) -> dict[str, Any]:
-    """One row of a table of runs; errors are those after the last epoch, in percent.
-
-    NaN for the test error of a run that tested nothing, as an evaluation does.
-    """
-    e, history = finished.experiment, finished.history
-    tested = history.last("test_error") if "test_error" in history.columns else nan
-    return {
-        "experiment": e.name,
-        "profile": profile_of(e),
-        "data": e.dataset,
-        "images": finished.record["images"]["train"],
-        "width": e.width,
-        "epochs": e.epochs,
-        "seed": e.seed,
-        "train error (%)": round(100 * history.last("train_error"), 2),
-        "test error (%)": round(100 * tested, 1),
-        "device": finished.record["device"],
-    }
 
 
 def distance_from_a_guess(finished: Run) -> float:

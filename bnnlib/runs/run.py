@@ -1,9 +1,10 @@
 """One function that runs any experiment: build a trial, open its folder, restore, fit, finish."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -27,13 +28,15 @@ from bnnlib.experiments.scored import as_scored
 from bnnlib.files import as_folder, locked
 from bnnlib.history import History
 from bnnlib.kernels.precision import resolve_precision
+from bnnlib.layers import check_can_share
 from bnnlib.losses import l2_penalty
 from bnnlib.models import penalized_parameters
 from bnnlib.names import LOSSES
 from bnnlib.optim import make_optimizer
+from bnnlib.parallel import Ranks, Shard, launched
 from bnnlib.probes import Recorder, mode_errors
 from bnnlib.process import keep_freed_memory
-from bnnlib.runs.checkpoint import Checkpoints
+from bnnlib.runs.checkpoint import Checkpoints, restore
 from bnnlib.runs.evaluation import evaluate_run
 from bnnlib.runs.folder import begin, finish, load_run
 from bnnlib.runs.interrupts import deferred_interrupts
@@ -60,6 +63,7 @@ def run(
     progress: str = "auto",
     checkpoint_every: float = 300.0,
     precision: str = "auto",
+    stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Train as `experiment` says and, where `out` is given, keep everything in that folder.
 
@@ -71,35 +75,47 @@ def run(
     `data.load`, `precision` is that of `resolve_precision`. An experiment that `evaluates`
     trains nothing: it scores the run in its `run_folder` and has the settings of that run.
 
-    With a folder, a first Ctrl-C or SIGTERM finishes the step, saves, and raises
-    Interrupted. Raises InvalidValue for a folder with another experiment and for an evaluation
-    that asks for other settings than the scored run has, FolderInUse for a folder in use,
-    DamagedFile for one that was altered, DataNotFound for missing data, CannotWrite where the
-    disk does not suffice, and NotFinite where the numbers are no longer finite; the last good
+    Processes that `torchrun` started together train as one, each on its rows of every batch; the
+    first writes and speaks. A run goes on with another number of them, too.
+
+    With a folder, a first Ctrl-C or SIGTERM, or `stop`, asked after each step, finishes the step,
+    saves, and raises Interrupted. Raises InvalidValue for a folder with another experiment, for an
+    evaluation that asks for other settings than the scored run has, and for a network that several
+    processes cannot share, FolderInUse for a folder in use, DamagedFile for one that was altered,
+    DataNotFound for missing data, CannotWrite where the disk does not suffice, NotFinite where the
+    numbers are no longer finite, and RankLost where another process has ended; the last good
     checkpoint is kept.
     """
     _check_arguments(experiment, checkpoint_every)
     folder = None if out is None else as_folder("out", out)
     root = None if root is None else as_folder("root", root)
-    style = resolve_progress(progress)
-    where = resolve_device(device)
-    how = {"device": where, "precision": resolve_precision(precision, where)}
-    source = None
-    if experiment.evaluates:
-        source = load_run(folder_to_score(experiment, folder))
-        experiment = as_scored(experiment, source.experiment)
-    if folder and holds_finished(folder, experiment):
-        if style != "none":
-            print(f"{folder} holds this run, finished; nothing is run again", file=sys.stderr)
-        return load_run(folder)
-    if source:
-        return _score(experiment, source, folder, root, download, style, **how)
-    trial = _build_trial(experiment, root, download, **how)
-    with _own_random_numbers(experiment, where):
-        if folder is None:
-            return _train(trial, style)
-        with locked(folder):
-            return _train_in_folder(trial, folder, style, checkpoint_every)
+    with launched() as ranks:
+        style = resolve_progress(progress if ranks.leads else "none")
+        with ranks.agreeing():
+            where = _own_device(device, ranks)
+            how = {"device": where, "precision": resolve_precision(precision, where)}
+            source = None
+            if experiment.evaluates:
+                source = load_run(folder_to_score(experiment, folder))
+                experiment = as_scored(experiment, source.experiment)
+            finished = folder and holds_finished(folder, experiment)
+        _check_same(experiment, ranks)
+        if finished:
+            if style != "none":
+                print(f"{folder} holds this run, finished; nothing is run again", file=sys.stderr)
+            return load_run(folder)
+        if source:  # which is quick, so each rank does all of it
+            own = folder if ranks.leads else None
+            return _score(experiment, source, own, root, download, style, **how)
+        with ranks.agreeing():
+            if download and ranks.leads and ranks.world > 1:  # or each would fetch it
+                prepare_data(experiment, root, download)
+        with ranks.agreeing():
+            trial = _build_trial(experiment, root, download, ranks, **how)
+        with _own_random_numbers(experiment, where):
+            if folder is None:
+                return _train(trial, style)
+            return _train_in_folder(trial, folder, style, checkpoint_every, stop)
 
 
 def _check_arguments(experiment: Experiment, checkpoint_every: float) -> None:
@@ -112,6 +128,25 @@ def _check_arguments(experiment: Experiment, checkpoint_every: float) -> None:
         raise InvalidValue(
             f"checkpoint_every must be 0 seconds or more, got {shown(checkpoint_every)}"
         )
+
+
+def _check_same(e: Experiment, ranks: Ranks) -> None:
+    """Raise InvalidValue where the ranks were given different experiments."""
+    asked = ranks.told(e.digest())
+    with ranks.agreeing():
+        if asked != e.digest():
+            raise InvalidValue(f"rank {ranks.rank} was given another experiment than rank 0")
+
+
+def _own_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: of several on one machine's GPUs each takes its own."""
+    if ranks.world == 1:
+        return resolve_device(name)
+    if str(name).startswith("cuda:"):
+        raise InvalidValue(f"{ranks.world} ranks cannot share {name!r}; use 'cuda' or 'cpu'")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
+    return resolve_device(name)
 
 
 @contextmanager
@@ -135,10 +170,16 @@ class Trial:
     state: TrainingState
     penalized: list[Tensor]  # what the L2 penalty reaches
     record: dict[str, Any]
+    ranks: Ranks
 
 
 def _build_trial(
-    e: Experiment, root: str | Path | None, download: bool, device: torch.device, precision: str
+    e: Experiment,
+    root: str | Path | None,
+    download: bool,
+    ranks: Ranks,
+    device: torch.device,
+    precision: str,
 ) -> Trial:
     if not e.binary or e.weights == "real":
         precision = "float32"  # there is nothing to take in half
@@ -150,36 +191,74 @@ def _build_trial(
     batches = {split: Batches(data, e.batch_size, device) for split, data in sets.items()}
     _recorder(e, sets["train"]).begin(state)
     penalized = penalized_parameters(model, e.l2_target)
-    return Trial(e, sets, batches, state, penalized, make_record(e, sets, device, precision))
+    record = make_record(e, sets, device, precision)
+    if ranks.world > 1:
+        check_can_share(model)
+        Shard(ranks, e.batch_size)  # refuses a batch that is too small
+        record["device"] += f", {ranks.world} ranks"
+    return Trial(e, sets, batches, state, penalized, record, ranks)
 
 
 def _recorder(e: Experiment, train: ImageSet) -> Recorder:
     return Recorder(e.probes, train, derive_seed(e.seed, "probes"))
 
 
-def _train_in_folder(trial: Trial, folder: Path, style: str, every: float) -> Run:
-    e, state = trial.experiment, trial.state
+def _train_in_folder(
+    trial: Trial, folder: Path, style: str, every: float, stop: Callable[[], bool]
+) -> Run:
+    """Train, or go on; the leading rank alone holds the folder and writes to it."""
+    state, ranks = trial.state, trial.ranks
+    with ExitStack() as held:
+        with ranks.agreeing():
+            checkpoints = None
+            if ranks.leads:
+                held.enter_context(locked(folder))
+                trial, checkpoints = _open(trial, folder, every)
+        _restore(trial, checkpoints, folder, style)
+        with deferred_interrupts(stop, ranks.most) as stop_here:
+
+            def after_step() -> None:
+                stop_here()
+                if checkpoints:
+                    checkpoints.save_if_due()
+
+            own = folder if ranks.leads else None
+            try:
+                result = _train(trial, style, own, after_step, stop_here)
+            except Interrupted as interrupt:
+                with ranks.agreeing():  # nobody ends before the state is kept
+                    if checkpoints:
+                        checkpoints.save()
+                        state.history.save(folder / HISTORY)
+                here = f"{state.where}; the state is saved in {folder}"
+                raise Interrupted(f"{interrupt} after {here}, and the same call goes on") from None
+            with ranks.agreeing():
+                if checkpoints:
+                    result = finish(folder, result)
+                    checkpoints.remove()
+        return replace(result, record=ranks.told(result.record), folder=folder)
+
+
+def _open(trial: Trial, folder: Path, every: float) -> tuple[Trial, Checkpoints]:
+    """The trial with the record of the folder, and the states that are kept in it."""
+    e = trial.experiment
     labels = {split: data.labels for split, data in trial.sets.items()}
-    trial = replace(trial, record=begin(folder, e, trial.record, labels))
-    checkpoints = Checkpoints(folder, state, e.digest(), every)
-    if checkpoints.restore() and style != "none":
-        print(f"{folder}: going on after {state.where}", file=sys.stderr)
-    with deferred_interrupts() as stop_here:
+    record = begin(folder, e, trial.record, labels)
+    return replace(trial, record=record), Checkpoints(folder, trial.state, e.digest(), every)
 
-        def after_step() -> None:
-            stop_here()
-            checkpoints.save_if_due()
 
-        try:
-            result = _train(trial, style, folder, after_step, stop_here)
-        except Interrupted as interrupt:
-            checkpoints.save()
-            state.history.save(folder / HISTORY)
-            here = f"{state.where}; the state is saved in {folder}"
-            raise Interrupted(f"{interrupt} after {here}, and the same call goes on") from None
-        result = finish(folder, result)
-        checkpoints.remove()
-    return result
+def _restore(trial: Trial, checkpoints: Checkpoints | None, folder: Path, style: str) -> None:
+    """Bring all ranks to the state that the leading one finds in its folder."""
+    ranks, path = trial.ranks, None
+    with ranks.agreeing():
+        if checkpoints:
+            path = checkpoints.restore()
+    path = ranks.told(path)
+    with ranks.agreeing():
+        if path and not checkpoints:
+            restore(trial.state, path, trial.experiment.digest())
+    if path and style != "none":
+        print(f"{folder}: going on after {trial.state.where}", file=sys.stderr)
 
 
 def _train(
@@ -211,6 +290,7 @@ def _train(
         after_step=after_step,
         after_batch=after_batch,
         after_epoch=_at_intervals(lambda h: h.save(folder / HISTORY) if folder else None),
+        ranks=trial.ranks,
     )
     if "modes" in e.probes and len(history):
         history.rows[-1] |= mode_errors(state.model, trial.batches, after_batch)

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnnlib.errors import DamagedFile
 from bnnlib.files import Row, read_json
-from bnnlib.probes import epochs_to_reach
+from bnnlib.history import epochs_to_reach
+from bnnlib.runs.ledger import load_runs
 from bnnlib.runs.record import RESULTS
-from bnnlib.runs.result import Run, differences, distance_from_a_guess, profile_of
+from bnnlib.runs.result import Run, differences, distance_from_a_guess
 from bnnlib.studies.capacity import ABOUT, STORED, load_grid
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = list[float]  # one for each seed
 Metric = Callable[..., float]
@@ -211,21 +215,20 @@ GRID_CLAIMS = (  # of the grid of `capacity`, whose loss, rate and steps decide 
 # fmt: on
 
 
-def judge(claim: Claim, runs: Sequence[Run], profile: str) -> dict[str, Any]:
+def judge(claim: Claim, table: "pd.DataFrame", profile: str) -> dict[str, Any]:
     """One row: the claim, its runs at this profile, mean and range over the seeds, verdict.
 
-    The verdict is "holds" or "fails"; where runs are missing it is "not run at PROFILE length"
-    or, with one or two seeds, "fewer than 3 seeds".
+    `table` is a ledger, as `results` gives it. The verdict is "holds" or "fails"; where runs are
+    missing it is "not run at PROFILE length" or, with one or two seeds, "fewer than 3 seeds".
     """
-    found: dict[str, dict[int, Run]] = {name: {} for name in claim.experiments}
-    for run in runs:
-        if run.experiment.name in found and profile_of(run.experiment) == profile:
-            found[run.experiment.name][run.experiment.seed] = run
-    seeds = sorted(set.intersection(*map(set, found.values())))  # those that all of them have
-    groups = [[of_name[seed] for of_name in found.values()] for seed in seeds]
-    used = [run for group in groups for run in group]
-    data = {f"{run.record['images']['train']:,} of {run.experiment.dataset}" for run in used}
-    return _row(claim, groups, profile, data, {run.record["device"] for run in used})
+    rows = table[table["profile"] == profile]
+    seeds = [set(rows.loc[rows["experiment"] == name, "seed"]) for name in claim.experiments]
+    shared = sorted(set.intersection(*seeds))  # those that all of them have
+    rows = rows[rows["experiment"].isin(claim.experiments) & rows["seed"].isin(shared)]
+    used = {(run.experiment.name, run.experiment.seed): run for run in load_runs(rows)}
+    groups = [[used[name, seed] for name in claim.experiments] for seed in shared]
+    data = {f"{r.record['images']['train']:,} of {r.experiment.dataset}" for r in used.values()}
+    return _row(claim, groups, profile, data, set(rows["device"]))
 
 
 def judge_grid(claim: Claim, folder: str | Path = STORED) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 import figure
 
-from bnnlib.runs.folder import stored_runs
+from bnnlib.runs.ledger import stored_runs
 
 
 def test_the_readme_shows_every_stored_memorizer():

@@ -23,7 +23,7 @@ from bnnlib.errors import (
 )
 from bnnlib.files import LOCK, locked
 from bnnlib.runs.evaluation import evaluate_run
-from bnnlib.runs.folder import load_run, stored_runs
+from bnnlib.runs.folder import load_run
 from bnnlib.runs.record import HISTORY, LABELS, PARAMETERS, RECORD, is_finished
 from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
@@ -92,15 +92,6 @@ def test_an_unfinished_run_can_be_looked_at(unfinished):
     found = load_run(unfinished)
     assert (found.history["epoch"], found.model) == ([1], None)
     assert found.labels["train"].shape == (60,)
-
-
-def test_finished_runs_are_found_by_name_and_unfinished_ones_passed_over(folder, unfinished):
-    root = folder.parent
-    assert [r.folder for r in stored_runs(root=root)] == [folder]
-    assert len(stored_runs("capacity", root)) == 1
-    assert stored_runs("cifar10-dropout", root) == []
-    with pytest.raises(DataNotFound, match=f"no folder {root / 'nowhere'} to look for"):
-        stored_runs(root=root / "nowhere")
 
 
 def test_a_run_of_another_version_may_have_fewer_hashes_more_entries_and_other_line_ends(folder):

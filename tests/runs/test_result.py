@@ -13,13 +13,12 @@ from bnnlib.experiments.variants import named
 from bnnlib.history import History
 from bnnlib.kernels import compiled
 from bnnlib.runs.folder import load_run
+from bnnlib.runs.record import profile_of
 from bnnlib.runs.result import (
     differences,
     environment,
     is_guessing,
     parameter_hash,
-    profile_of,
-    summary,
 )
 
 
@@ -63,14 +62,6 @@ def test_a_guess_is_wrong_as_often_as_its_classes_say_within_four_standard_devia
     assert is_guessing(replace(finished, history=History([row]))) is guessing
 
 
-def test_an_experiment_of_ones_own_is_summed_up_too(finished):
-    own = replace(finished, experiment=replace(finished.experiment, name="mine"))
-    assert profile_of(own.experiment) == "own"
-    row = summary(own)
-    assert (row["experiment"], row["profile"], row["images"]) == ("mine", "own", 100)
-    assert row["train error (%)"] == round(100 * finished.history.last("train_error"), 2)
-
-
 @pytest.mark.parametrize("profile", [smoke, reduced])
 @pytest.mark.parametrize("name", ["svhn-stochastic", "cifar10-noise-25", "svhn-evaluation"])
 def test_the_profile_of_an_experiment_is_found_whatever_its_seeds(name, profile):
@@ -78,7 +69,7 @@ def test_the_profile_of_an_experiment_is_found_whatever_its_seeds(name, profile)
     seeds = {"seed": 3, "corruption_seed": 4, "data_seed": 5}
     seeds |= {"run_folder": "somewhere"} if e.evaluates else {}
     assert profile_of(replace(e, **seeds)) == profile.__name__
-    assert profile_of(replace(e, width=0.3)) == "own"
+    assert profile_of(replace(e, width=0.3)) == profile_of(replace(e, name="mine")) == "own"
     assert profile_of(named(name)) == "full"
 
 

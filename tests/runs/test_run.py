@@ -27,7 +27,9 @@ from bnnlib.quantizers import sign
 from bnnlib.runs import evaluation
 from bnnlib.runs.evaluation import evaluate_run
 from bnnlib.runs.folder import load_run
-from bnnlib.runs.result import differences, summary, trained_on
+from bnnlib.runs.ledger import read_row
+from bnnlib.runs.record import trained_on
+from bnnlib.runs.result import differences
 from bnnlib.runs.run import HISTORY_EVERY, run
 from bnnlib.training import EvaluationMode, evaluate
 
@@ -313,7 +315,7 @@ def test_the_evaluation_takes_a_run_of_any_experiment_and_tests_its_signs(name, 
     assert result.history["train_error"] == [signs.error]
     assert result.record["experiment_sha256"] == result.experiment.digest()
     assert result.record["parameter_sha256"] == source.record["parameter_sha256"]
-    assert isnan(summary(result)["test error (%)"])
+    assert isnan(read_row(result.folder)["test_error"])
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -333,8 +335,8 @@ def test_an_evaluation_has_the_settings_of_its_run_asked_for_or_not(other, tmp_p
     own |= {"evaluates": asked.evaluates, "evaluation_rows": 60, "run_folder": asked.run_folder}
     assert asdict(result.experiment) == asdict(other.experiment) | own
     assert result.record["trained_on"] == other.record["trained_on"]
-    row = summary(load_run(tmp_path / "out"))
-    assert (row["data"], row["width"], row["seed"]) == ("shapes", 0.0625, 3)
+    row = read_row(tmp_path / "out")
+    assert (row["dataset"], row["width"], row["seed"]) == ("shapes", 0.0625, 3)
     chosen = {"width": 0.0625, "seed": 3, "dropout": (0.5, 0.5), "dataset": "shapes"}
     assert quietly(replace(asked, **chosen)).experiment == result.experiment
 

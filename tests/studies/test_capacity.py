@@ -15,7 +15,7 @@ from bnnlib.cli import main
 from bnnlib.errors import DamagedFile, DataNotFound, FolderInUse, Interrupted, InvalidValue
 from bnnlib.experiments.variants import CAPACITY
 from bnnlib.files import locked
-from bnnlib.runs.folder import stored_runs
+from bnnlib.runs.ledger import results
 from bnnlib.studies import capacity
 from bnnlib.studies.capacity import (
     load_grid,
@@ -124,7 +124,7 @@ def test_a_grid_is_no_run_and_says_what_it_is(measure, tmp_path):
     assert about["experiment_sha256"] == CAPACITY.digest()
     assert about["experiment"]["name"] == "capacity"
     assert {"versions", "device", "threads"} <= set(about)
-    assert stored_runs(root=tmp_path) == []
+    assert len(results(tmp_path, unfinished=True)) == 0
     (tmp_path / "grid" / "grid.csv").unlink()  # as where it was stopped before its first point
     assert len(measure(TINY[:1])) == 1
 

@@ -8,7 +8,7 @@ import pytest
 from bnnlib.experiments.profiles import reduced
 from bnnlib.experiments.variants import named
 from bnnlib.history import History
-from bnnlib.runs.folder import stored_runs
+from bnnlib.runs.ledger import results
 from bnnlib.runs.result import Run
 from bnnlib.studies import claims
 from bnnlib.studies.claims import CLAIMS, GRID_CLAIMS, Claim, excess, judge, last
@@ -81,8 +81,19 @@ def test_conditions_are_of_every_seed_or_of_their_mean(holds, of, not_of):
 POINTS = Claim("dropout hinders", (B, A), excess(), claims.above(0), "points")
 
 
-def runs_of(errors):
-    return [made(name, s, train_error=e) for name, es in errors.items() for s, e in enumerate(es)]
+@pytest.fixture
+def ledger_of(write_run, tmp_path):
+    """Makes a ledger of runs with these last errors, a seed for each, by experiment."""
+
+    def make(errors, **changes):
+        for name, values in errors.items():
+            for seed, error in enumerate(values):
+                e = replace(reduced(named(name)), seed=seed, **changes)
+                rows = [{"epoch": 1, "train_error": error}]
+                write_run(tmp_path / name / str(seed), e, rows, seconds=1.0)
+        return results(tmp_path)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -94,12 +105,12 @@ def runs_of(errors):
         ({A: (0.0, 0.0, 0.0)}, "not run at reduced length"),
     ],
 )
-def test_a_verdict_needs_three_seeds_of_every_experiment(errors, verdict):
-    assert judge(POINTS, runs_of(errors), "reduced")["verdict"] == verdict
+def test_a_verdict_needs_three_seeds_of_every_experiment(errors, verdict, ledger_of):
+    assert judge(POINTS, ledger_of(errors), "reduced")["verdict"] == verdict
 
 
-def test_a_row_names_the_runs_it_rests_on():
-    row = judge(POINTS, runs_of({A: (0.0, 0.0, 0.1), B: (0.2, 0.1, 0.6)}), "reduced")
+def test_a_row_names_the_runs_it_rests_on(ledger_of):
+    row = judge(POINTS, ledger_of({A: (0.0, 0.0, 0.1), B: (0.2, 0.1, 0.6)}), "reduced")
     assert row["seeds"] == 3
     assert (row["lowest"], row["mean"], row["highest"]) == pytest.approx((10, 80 / 3, 50))
     assert row["experiments"] == f"{B}, {A}"
@@ -107,10 +118,10 @@ def test_a_row_names_the_runs_it_rests_on():
     assert row["device"] == "a computer"
 
 
-def test_runs_of_another_length_do_not_count():
-    runs = runs_of({A: (0.0,) * 3, B: (0.1,) * 3})
-    assert judge(POINTS, runs, "full")["verdict"] == "not run at full length"
-    own = [replace(run, experiment=replace(run.experiment, width=0.3)) for run in runs]
+def test_runs_of_another_length_do_not_count(ledger_of):
+    errors = {A: (0.0,) * 3, B: (0.1,) * 3}
+    assert judge(POINTS, ledger_of(errors), "full")["verdict"] == "not run at full length"
+    own = ledger_of(errors, width=0.3)
     assert judge(POINTS, own, "reduced")["verdict"] == "not run at reduced length"
 
 
@@ -120,7 +131,7 @@ def test_each_claim_is_made_once():
 
 
 def test_each_claim_has_its_runs_or_its_grid():
-    runs = stored_runs()
-    rows = [judge(claim, runs, "reduced") for claim in CLAIMS]
+    ledger = results()
+    rows = [judge(claim, ledger, "reduced") for claim in CLAIMS]
     rows += map(claims.judge_grid, GRID_CLAIMS)
     assert {row["verdict"] for row in rows} <= {"holds", "fails"}  # three seeds were run

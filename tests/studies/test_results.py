@@ -10,10 +10,11 @@ from bnnlib.errors import DataNotFound
 from bnnlib.experiments import build as assembly
 from bnnlib.experiments.build import prepare_data
 from bnnlib.experiments.variants import named
-from bnnlib.runs.folder import stored_runs
-from bnnlib.runs.result import is_guessing, profile_of
+from bnnlib.runs.ledger import stored_runs
+from bnnlib.runs.record import profile_of
+from bnnlib.runs.result import is_guessing
 
-STORED = stored_runs()
+STORED = stored_runs(profile=None)
 
 
 def name_of(kept):
