@@ -48,7 +48,7 @@ FLOORS = {
     "notebook": (),
     "sweeps": (
         *("tasks", "chapters", "grid", "books", "state", "worker"),
-        *("client", "clusters", "cost", "progress", "launch"),
+        *("client", "clusters", "where", "cost", "plan", "progress", "launch"),
     ),
     "cli": ("shell", "texts", "options", "running", "sweeping", "looking"),
     "__main__": (),

@@ -209,7 +209,7 @@ def default_folder(experiment: Experiment, profile: str) -> Path:
 
 
 def _can_sweep() -> bool:
-    from bnnlib.sweeps.launch import is_installed
+    from bnnlib.sweeps.where import is_installed
 
     if found := is_installed():
         return True
@@ -220,9 +220,11 @@ def _can_sweep() -> bool:
 
 def _run_side_by_side(trials: list[tuple], out: Path | None, how: dict[str, Any]) -> None:
     """The runs of several seeds as a sweep on this machine."""
-    from bnnlib.sweeps.launch import Plan, Where, launch
+    from bnnlib.sweeps.launch import launch
+    from bnnlib.sweeps.plan import Plan
     from bnnlib.sweeps.state import begin
     from bnnlib.sweeps.tasks import RunTask, label
+    from bnnlib.sweeps.where import Where
 
     root = (out or trials[0][2].parents[1]).absolute()
     tasks = {}

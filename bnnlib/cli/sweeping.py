@@ -17,14 +17,9 @@ from bnnlib.errors import InvalidValue
 from bnnlib.experiments.profiles import PROFILES
 from bnnlib.files import as_folder
 from bnnlib.runs.record import counted
-from bnnlib.sweeps.launch import (
-    Where,
-    check_installed,
-    launch,
-    planned_grid,
-    run_arguments,
-    status_lines,
-)
+from bnnlib.sweeps.launch import launch, run_arguments, status_lines
+from bnnlib.sweeps.plan import planned_grid
+from bnnlib.sweeps.where import Where, check_installed
 
 
 @click.command()

@@ -43,6 +43,11 @@ class ChapterTask:
             )
         return True
 
+    def begun(self) -> object:
+        """When papermill wrote first: it does as the kernel begins."""
+        failed = self.out.with_suffix(".failed.ipynb")
+        return failed.stat().st_ctime_ns if failed.is_file() else None
+
     def progress(self) -> object:
         """How many runs it has finished so far."""
         return len(self.runs())

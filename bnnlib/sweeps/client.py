@@ -25,7 +25,8 @@ LOOKS_EVERY = 0.2  # seconds between two looks at what has come back
 COUNTS_EVERY = 1.0  # seconds between two questions to the scheduler who works
 AGAIN_AFTER = 2.0  # seconds until a folder that another process holds is tried again
 MOST_TRIES = 2  # of a task that fails, unless trying again cannot help
-MOST_LOSSES = 3  # workers that may die under a task that comes no further
+MOST_LOSSES = 3  # beginnings of a task that end with its worker, and bring it no further
+MOST_DEATHS = 20  # of workers in a row, where it does not even begin
 SAVES_WITHIN = 60.0  # seconds that workers have to answer, and to save where a sweep is stopped
 
 
@@ -83,7 +84,8 @@ class _Client:
 
     def __init__(self, sweep: Sweep, client: Client, books: Books, orders: Orders):
         self.sweep, self.client, self.books, self.orders = sweep, client, books, orders
-        self.waiting = [name for name in sweep.tasks if name in sweep.left]
+        left = sweep.left
+        self.waiting = [name for name in sweep.tasks if name in left]
         self.under_way: dict[str, Future] = {}  # by the name of its task
         self.offers: list[dict[str, float]] = []  # the resources of each worker
         self.back: SimpleQueue[tuple[str, Future]] = SimpleQueue()
@@ -163,18 +165,23 @@ class _Client:
             sweep.tries[name] -= 1
             sweep.wait_until[name] = time.monotonic() + AGAIN_AFTER
             sweep.look([name])  # another process may have finished it
-        if name in sweep.left:
+        if name not in sweep.finished and name not in sweep.failed:
             self.waiting.append(name)
 
     def lost(self, name: str, worker: str) -> None:
-        """A worker died under a task: nobody's fault, unless they die and it comes no further."""
+        """A worker died under a task: nobody's fault, unless they die and it comes no further.
+
+        Of deaths at the same place those count under which it had begun; many others count, too.
+        """
         sweep, task = self.sweep, self.sweep.tasks[name]
         sweep.tries[name] -= 1
-        here = task.progress()
-        before = sweep.losses.setdefault(name, [])
-        sweep.losses[name] = [*(b for b in before if b == here), here]
-        if len(sweep.losses[name]) >= MOST_LOSSES:
-            said = f"its worker died {MOST_LOSSES} times at the same place; is there enough memory?"
+        begun, here = task.begun(), task.progress()
+        before = [loss for loss in sweep.losses.get(name, ()) if loss[1] == here]
+        sweep.losses[name] = [*before, (begun, here)]
+        began = {begun for begun, _ in sweep.losses[name]} - {None}
+        if len(began) >= MOST_LOSSES or len(sweep.losses[name]) >= MOST_DEATHS:
+            deaths = len(sweep.losses[name])
+            said = f"its worker died {deaths} times at the same place; is there enough memory?"
             self.fail(name, Outcome("failed", said), worker)
         else:
             self.waiting.insert(0, name)

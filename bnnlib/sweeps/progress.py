@@ -41,7 +41,8 @@ class Progress:
 
     def counts(self, sweep: Sweep) -> str:
         """The states of all tasks in one line."""
-        waiting = len(sweep.left) - sweep.running
+        ended = len(sweep.finished) + len(sweep.failed)
+        waiting = len(sweep.tasks) - ended - sweep.running
         each = {"done": len(sweep.finished), "running": sweep.running, "failed": len(sweep.failed)}
         said = [f"{name} {n:,}" for name, n in (each | {"waiting": waiting}).items()]
         if left := self.seconds_left(sweep):
@@ -66,7 +67,7 @@ class Progress:
 
     def missing(self, sweep: Sweep) -> list[str]:
         """A line that says for which worker the sweep waits, if it does."""
-        if sweep.left and not sweep.workers:
+        if not (sweep.is_over or sweep.workers):
             return ["waiting for a worker"]
         offers = f"waiting for a worker that offers {sweep.unmet} (dask worker --resources)"
         return [offers] if sweep.unmet else []
@@ -95,7 +96,7 @@ def _seldom(every: float, show: Callable[[Sweep], object]) -> Callable[[Sweep], 
 
     def act(sweep: Sweep) -> None:
         nonlocal last
-        if time.monotonic() - last >= every or not sweep.left:
+        if time.monotonic() - last >= every or sweep.is_over:
             show(sweep)
             last = time.monotonic()
 

@@ -21,8 +21,13 @@ class Sweep:
     dashboard: str = ""
     unmet: str = ""  # resources that no worker offers, for a reader
     tries: Counter = field(default_factory=Counter)
-    losses: dict[str, list[object]] = field(default_factory=dict)  # how far a task was at each
+    losses: dict[str, list[tuple[object, object]]] = field(default_factory=dict)  # see `Task`
     wait_until: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether each task is finished or failed."""
+        return len(self.finished) + len(self.failed) == len(self.tasks)
 
     @property
     def left(self) -> set[str]:

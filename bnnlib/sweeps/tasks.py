@@ -49,6 +49,9 @@ class Task(Protocol):
 
     def is_finished(self) -> bool: ...
 
+    def begun(self) -> object:
+        """Something that is another object each time the work has begun."""
+
     def progress(self) -> object:
         """Something that is another object wherever the work came further."""
 
@@ -80,10 +83,16 @@ class RunTask:
         """Whether its folder holds it, finished; raises as `holds_finished` where it never can."""
         return holds_finished(self.folder, self.experiment)
 
+    def begun(self) -> object:
+        """When its record was written: at each beginning."""
+        record = self.folder / RECORD
+        return record.stat().st_mtime_ns if record.is_file() else None
+
     def progress(self) -> object:
-        """The names and times of what its folder holds."""
-        paths = [self.folder / RECORD, self.folder / HISTORY, *self.folder.glob("checkpoints/*")]
-        return [(path.name, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+        """The names of its checkpoints, and the size of its history."""
+        history = self.folder / HISTORY
+        size = history.stat().st_size if history.is_file() else 0
+        return sorted(path.name for path in self.folder.glob("checkpoints/*")), size
 
     def work(self, how: Mapping[str, Any], stop: Callable[[], bool]) -> Outcome:
         """Run it, or go on with it; `how` are arguments of `runs.run.run`."""

@@ -21,14 +21,16 @@ from bnnlib.runs.folder import load_run
 from bnnlib.runs.ledger import results
 from bnnlib.runs.record import RECORD, read_record
 from bnnlib.runs.run import run
-from bnnlib.sweeps import clusters, cost, launch
+from bnnlib.sweeps import clusters, cost, where
 from bnnlib.sweeps.books import Books, state_of
 from bnnlib.sweeps.chapters import write_index
 from bnnlib.sweeps.grid import read_grid
-from bnnlib.sweeps.launch import Where, planned_grid, status_lines
+from bnnlib.sweeps.launch import status_lines
+from bnnlib.sweeps.plan import planned_grid
 from bnnlib.sweeps.progress import Progress, showing
 from bnnlib.sweeps.state import begin
 from bnnlib.sweeps.tasks import Outcome, attempt
+from bnnlib.sweeps.where import Where
 
 GRID = """
 profile = "smoke"
@@ -178,7 +180,7 @@ def test_without_dask_seeds_run_one_after_the_other_and_a_line_says_so(here, mon
 
 
 def test_workers_here_share_out_cores_and_gpus(monkeypatch):
-    monkeypatch.setattr(launch, "cores", lambda: 8)
+    monkeypatch.setattr(where, "cores", lambda: 8)
     assert [Where(device="cpu", threads=n).count(100) for n in (1, 3, 16)] == [8, 2, 1]
     assert Where(device="cpu").count(3) == 3  # no more than there is to do
     assert Where(device="cpu", workers=5).count(100) == 5

@@ -25,14 +25,14 @@ from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
 from bnnlib.sweeps import clusters
 from bnnlib.sweeps.books import Books, state_of
-from bnnlib.sweeps.client import MOST_LOSSES, _Client, work
+from bnnlib.sweeps.client import MOST_DEATHS, MOST_LOSSES, _Client, work
 from bnnlib.sweeps.state import begin
 from bnnlib.sweeps.tasks import Outcome, RunTask, run_name
 
 pytestmark = pytest.mark.xdist_group("sweeps")  # they share a cluster
 
 SHORT = smoke(published("svhn-random-labels"))
-LONG = replace(SHORT, epochs=150, evaluate_every=50)  # about two seconds
+LONG = replace(SHORT, epochs=100, evaluate_every=50)  # a second or two
 HOW = {"device": "cpu", "checkpoint_every": 0.05}
 
 
@@ -264,15 +264,33 @@ def test_workers_that_die_at_the_same_place_are_the_tasks_fault_in_the_end(tmp_p
     (each,) = tasks_of(SHORT, (0,), tmp_path)
     sweep = begin([each])
     ours = _Client(sweep, None, Books(tmp_path), None)
+    each.folder.mkdir(parents=True)
+
+    def die(n, size):
+        """Begun for the nth time, with so long a history."""
+        (each.folder / RECORD).write_text("")
+        os.utime(each.folder / RECORD, (n, n))
+        (each.folder / HISTORY).write_text("x" * size)
+        ours.lost(each.name, "a worker")
+
     for n in range(2 * MOST_LOSSES):  # each time it came further
-        each.folder.mkdir(parents=True, exist_ok=True)
-        (each.folder / HISTORY).write_text("x" * n)
-        os.utime(each.folder / HISTORY, (n, n))
+        die(n, size=n)
+    for _ in range(MOST_LOSSES):  # each time before it had begun
         ours.lost(each.name, "a worker")
     assert sweep.failed == {}
-    for _ in range(MOST_LOSSES - 1):
+    for n in range(1, MOST_LOSSES):
+        die(10 * n, size=2 * MOST_LOSSES - 1)
+    assert "at the same place" in sweep.failed[each.name].error
+
+
+def test_workers_that_die_before_anything_begins_are_not_replaced_for_ever(tmp_path):
+    (each,) = tasks_of(SHORT, (0,), tmp_path)
+    sweep = begin([each])
+    ours = _Client(sweep, None, Books(tmp_path), None)
+    for _ in range(MOST_DEATHS):
+        assert sweep.failed == {}
         ours.lost(each.name, "a worker")
-    assert "its worker died 3 times at the same place" in sweep.failed[each.name].error
+    assert f"its worker died {MOST_DEATHS} times" in sweep.failed[each.name].error
 
 
 # --------------------------------------------------------- a scheduler and a client that end
