@@ -1,12 +1,16 @@
 """Where the workers are: here, at the address of a scheduler, or on a SLURM cluster."""
 
+import importlib
 import logging
 import shutil
+import signal
+import threading
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dask
@@ -143,6 +147,21 @@ def read_slurm(path: str | Path) -> tuple[dict[str, Any], int]:
     return {"cores": workers, "processes": workers} | settings, jobs
 
 
+def jobqueue() -> ModuleType:
+    """The package dask_jobqueue; raises NotInstalled.
+
+    As it is imported it makes Ctrl-C end the process at once; here that stays as it was.
+    """
+    answer = signal.getsignal(signal.SIGINT)
+    try:
+        return importlib.import_module("dask_jobqueue")
+    except ImportError:
+        raise NotInstalled("--slurm needs dask-jobqueue: pip install 'bnnlib[sweep]'") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, answer)
+
+
 def check_slurm() -> None:
     """Raise NotInstalled where jobs cannot be handed to SLURM."""
     if shutil.which("sbatch") is None:
@@ -151,11 +170,7 @@ def check_slurm() -> None:
 
 def _slurm_cluster(settings: dict[str, Any]) -> Any:
     try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError:
-        raise NotInstalled("--slurm needs dask-jobqueue: pip install 'bnnlib[sweep]'") from None
-    try:
-        return SLURMCluster(**{"silence_logs": "critical"} | settings)
+        return jobqueue().SLURMCluster(**{"silence_logs": "critical"} | settings)
     except (TypeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise InvalidValue(f"dask_jobqueue.SLURMCluster refuses this: {said}") from error

@@ -82,13 +82,19 @@ def describe(label: str, errors: tuple[float, float]) -> str:
 @contextmanager
 def showing(progress: Progress) -> Iterator[Callable[[Sweep], None]]:
     """Yields what is to be called often with a sweep, to show how far it is."""
-    if "ipykernel" in sys.modules:
+    if _is_notebook():
         yield _seldom(REFRESHED_EVERY, _notebook(progress))
     elif sys.stderr.isatty():
         with _terminal(progress) as show:
             yield show
     else:
         yield _seldom(LINES_EVERY, lambda s: _lines(progress.counts(s), *progress.missing(s)))
+
+
+def _is_notebook() -> bool:
+    """Whether what is shown appears below a cell."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
 
 
 def _seldom(every: float, show: Callable[[Sweep], object]) -> Callable[[Sweep], None]:

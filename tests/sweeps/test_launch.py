@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from math import nan
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -196,13 +197,18 @@ def test_workers_here_share_out_cores_and_gpus(monkeypatch):
 
 
 def test_a_slurm_file_gives_a_job_script(tmp_path):
-    pytest.importorskip("dask_jobqueue")
     file = tmp_path / "slurm.toml"
     file.write_text('jobs = 3\nqueue = "gpu"\nmemory = "8GB"\nwalltime = "01:00:00"\n')
     assert clusters.read_slurm(file)[1] == 3
     script = clusters.job_script(file)
     assert "#SBATCH -p gpu" in script
     assert "--nthreads 1" in script
+
+
+def test_a_slurm_cluster_leaves_ctrl_c_as_it_was():
+    code = "import signal; from bnnlib.sweeps.clusters import jobqueue; jobqueue().SLURMCluster; "
+    code += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +221,6 @@ def test_a_slurm_file_gives_a_job_script(tmp_path):
     ],
 )
 def test_a_slurm_file_with_a_mistake_is_refused(tmp_path, text, said):
-    pytest.importorskip("dask_jobqueue")
     (tmp_path / "slurm.toml").write_text(text)
     with pytest.raises(InvalidValue, match=said):
         clusters.job_script(tmp_path / "slurm.toml")
@@ -306,6 +311,18 @@ def test_a_log_gets_a_line_at_the_end(here, capsys):
         sweep.failed, sweep.running = {}, 0
         show(sweep)
     assert capsys.readouterr().err.startswith("done 3   running 0   failed 0   waiting 0")
+
+
+def test_a_notebook_gets_a_table_that_is_renewed(here, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=None))
+    handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle["text/plain"]))
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: handle)
+    with showing(Progress("grid.toml: 3 runs", {}, {})) as show:
+        sweep = a_sweep(here)
+        sweep.failed = dict.fromkeys(sweep.left | sweep.failed.keys(), Outcome("failed"))
+        show(sweep)
+    assert "best    svhn-random-labels seed=0" in shown[-1]
 
 
 def test_a_terminal_gets_a_live_table(here, monkeypatch, capsys):

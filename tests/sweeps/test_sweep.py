@@ -218,17 +218,17 @@ def test_a_worker_that_ends_is_replaced_and_its_run_goes_on(client, alone, tmp_p
 
 def test_ctrl_c_lets_the_workers_save_and_the_same_sweep_goes_on(client, alone, tmp_path):
     def interrupt(sweep):
-        if all(map(under_way, sweep.tasks.values())):
+        if any(map(under_way, sweep.tasks.values())):
             raise KeyboardInterrupt
 
     tasks = tasks_of(LONG, range(2), tmp_path)
-    how = HOW | {"checkpoint_every": 0.3}
     with pytest.raises(KeyboardInterrupt):
-        work(begin(tasks), client, Books(tmp_path), how, show=interrupt)
+        work(begin(tasks), client, Books(tmp_path), HOW, show=interrupt)
     states = [state_of(tmp_path, each.name, failed=False) for each in tasks]
-    assert states == ["stopped", "stopped"]  # nothing is running for ever
+    assert "stopped" in states
+    assert "running" not in states  # for ever
     sweep = begin(tasks)
-    work(sweep, client, Books(tmp_path), how)
+    work(sweep, client, Books(tmp_path), HOW)
     assert done(sweep)
     assert_equal(sweep, alone)
 
@@ -364,7 +364,9 @@ def test_an_address_without_a_scheduler_is_told(monkeypatch):
 
 
 def test_jobs_of_a_batch_system_that_are_lost_are_asked_for_again(alone, tmp_path):
-    local = pytest.importorskip("dask_jobqueue.local")  # jobs as processes, by the same machinery
+    clusters.jobqueue()
+    from dask_jobqueue.local import LocalCluster  # jobs as processes, by the same machinery
+
     sweep = begin(tasks_of(LONG, range(2), tmp_path))
     killed = []
 
@@ -379,7 +381,7 @@ def test_jobs_of_a_batch_system_that_are_lost_are_asked_for_again(alone, tmp_pat
         dask.config.set(
             {"deploy.lost-worker-timeout": "0.5s", "distributed.adaptive.interval": 0.5}
         ),
-        local.LocalCluster(cores=1, processes=1, memory="1GB", log_directory=tmp_path) as cluster,
+        LocalCluster(cores=1, processes=1, memory="1GB", log_directory=tmp_path) as cluster,
     ):
         clusters.adapt(cluster, 2, lambda: len(sweep.left))
         with Client(cluster) as client:
