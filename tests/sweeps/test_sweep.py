@@ -367,7 +367,7 @@ def test_jobs_of_a_batch_system_that_are_lost_are_asked_for_again(alone, tmp_pat
     clusters.jobqueue()
     from dask_jobqueue.local import LocalCluster  # jobs as processes, by the same machinery
 
-    sweep = begin(tasks_of(LONG, range(2), tmp_path))
+    sweep = begin(tasks_of(LONG, (0,), tmp_path))
     killed = []
 
     def kill(sweep):
@@ -379,11 +379,11 @@ def test_jobs_of_a_batch_system_that_are_lost_are_asked_for_again(alone, tmp_pat
 
     with (
         dask.config.set(
-            {"deploy.lost-worker-timeout": "0.5s", "distributed.adaptive.interval": 0.5}
+            {"distributed.deploy.lost-worker-timeout": "0.5s", "distributed.adaptive.interval": 0.5}
         ),
         LocalCluster(cores=1, processes=1, memory="1GB", log_directory=tmp_path) as cluster,
     ):
-        clusters.adapt(cluster, 2, lambda: len(sweep.left))
+        clusters.adapt(cluster, 1, lambda: len(sweep.left))
         with Client(cluster) as client:
             work(sweep, client, Books(tmp_path), HOW, show=kill)
     assert killed
