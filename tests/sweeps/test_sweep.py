@@ -197,7 +197,9 @@ class Disturbed:
         if self.hit or not ours:
             return
         works = {a: keys for a, keys in self.client.processing().items() if keys}
-        address = next(a for a, keys in works.items() if keys[0].startswith(ours[0].name))
+        found = (a for a, keys in works.items() if keys[0].startswith(ours[0].name))
+        if (address := next(found, None)) is None:
+            return  # it has just ended
         self.hit = self.client.run(os.getpid, workers=[address])[address]
         os.kill(self.hit, self.number)
 
