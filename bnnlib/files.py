@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isnan, nan
@@ -108,7 +109,20 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# ----------------------------------------------------------------------------- text and JSON
+def is_locked(folder: Path) -> bool:
+    """Whether a living process has a folder; looked at by taking its lock for a moment."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+# ------------------------------------------------------------------------ text, JSON and TOML
 
 
 @contextmanager
@@ -148,6 +162,14 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; raises DamagedFile for anything else."""
     return parse_json(read_text(path), path)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file says, which somebody wrote by hand; raises InvalidValue for no TOML."""
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidValue(f"{path} is not TOML: {error}") from error
 
 
 def parse_json(text: str, source: object) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The process: how long PyTorch's threads spin, what memory it keeps, which of several it is.
+"""The process: how its threads spin, what memory it keeps, its cores, which of several it is.
 
 PyTorch's threads meet at a barrier after every operation. The OpenMP libraries let a thread that
 waits there spin for a long time, which is good on an idle machine; where another program holds
@@ -41,6 +41,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, 2**30) and mallopt(M_MMAP_THRESHOLD, 2**25))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def place() -> tuple[int, int]:

@@ -5,7 +5,6 @@ Execution and rendering are apart, so what is rendered is exactly what was
 executed, and a chapter whose inputs are unchanged is not executed again.
 """
 
-import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from nbformat import NotebookNode
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from bnnlib.errors import unknown_name
+from bnnlib.process import cores
 from bnnlib.runs.interrupts import signals_to
 from execute import (
     CELL_TIMEOUT,
@@ -63,13 +63,6 @@ def chapters(root: Path, only: Sequence[str] = ()) -> list[str]:
         if wanted not in short:
             raise BookError(str(unknown_name("chapter", wanted, short)))
     return [name for key, name in short.items() if not only or key in only]
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def execute_chapters(

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from bnnlib.errors import BnnlibError, DamagedFile, DataNotFound
-from bnnlib.files import LOCK, make_folder, read_json, write_json
+from bnnlib.files import is_locked, make_folder, read_json, write_json
 from bnnlib.runs.record import is_finished
 from bnnlib.sweeps.tasks import Outcome, Task
 
@@ -50,11 +48,11 @@ class Books:
             named |= tasks
         return named
 
-    def failed(self, task: Task, outcome: Outcome, worker: str) -> Path:
+    def failed(self, task: Task, outcome: Outcome, worker: str) -> None:
         """Write down a failure, with its traceback."""
         note = {"task": task.label, "error": outcome.error, "worker": worker}
         note |= {"when": time.strftime("%Y-%m-%d %H:%M:%S"), "traceback": outcome.trace}
-        return self._write(self.note(task.name).name, note)
+        self._write(self.note(task.name).name, note)
 
     def forget(self, task: Task) -> None:
         """A task that begins anew has not failed."""
@@ -69,10 +67,9 @@ class Books:
         """Where the failure of a task is written down."""
         return self.folder / BOOKS / f"failed-{name.replace('/', '-')}.json"
 
-    def _write(self, name: str, content: dict[str, Any]) -> Path:
+    def _write(self, name: str, content: dict[str, Any]) -> None:
         make_folder(self.folder / BOOKS)
         write_json(self.folder / BOOKS / name, content)
-        return self.folder / BOOKS / name
 
 
 def state_of(folder: Path, name: str, failed: bool) -> str:
@@ -85,19 +82,8 @@ def state_of(folder: Path, name: str, failed: bool) -> str:
             return "done"
     except BnnlibError:
         return "failed"
-    if (path / LOCK).exists() and _is_locked(path / LOCK):
+    if is_locked(path):
         return "running"
     if failed:
         return "failed"
     return "stopped" if path.exists() else "waiting"
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a living process holds a lock; looked at by taking it for a moment."""
-    lock = FileLock(path, blocking=False)
-    try:
-        lock.acquire()
-    except (Timeout, OSError):
-        return True
-    lock.release()
-    return False

@@ -5,7 +5,6 @@ import logging
 import shutil
 import signal
 import threading
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,7 @@ import psutil
 from distributed import Adaptive, Client, Nanny, Scheduler, SpecCluster
 
 from bnnlib.errors import DataNotFound, InvalidValue, NoScheduler, NotInstalled, check_whole
-from bnnlib.files import read_text
+from bnnlib.files import read_toml
 from bnnlib.process import BRIEFLY
 
 # A worker that dies is told to the sweep at once, which knows whether its run came further.
@@ -133,10 +132,7 @@ def read_slurm(path: str | Path) -> tuple[dict[str, Any], int]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataNotFound(f"no file {path} that describes a SLURM cluster")
-    try:
-        settings = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidValue(f"{path} is not TOML: {error}") from error
+    settings = read_toml(path)
     jobs = check_whole(f"{path}: jobs", settings.pop("jobs", 1), 1)
     workers, in_all = settings.get("processes", 1), settings.get("cores", 1)
     if in_all != workers:

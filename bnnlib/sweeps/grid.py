@@ -16,7 +16,6 @@ parameters of that notebook.
 """
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -29,7 +28,7 @@ from bnnlib.experiments.experiment import FIELDS, Experiment
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.scored import EVALUATION_FIELDS, as_scored
 from bnnlib.experiments.variants import named
-from bnnlib.files import read_text
+from bnnlib.files import read_toml
 from bnnlib.sweeps.chapters import chapter_task, read_chapter
 from bnnlib.sweeps.tasks import RunTask, Task, label, run_name
 
@@ -52,10 +51,7 @@ def read_grid(path: str | Path, out: Path, profile: str | None = None) -> tuple[
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataNotFound(f"no grid {path}: there is no such file")
-    try:
-        content = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidValue(f"{path} is not TOML: {error}") from error
+    content = read_toml(path)
     _check_keys(str(path), content, TOP)
     tables = content.get("runs")
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):

@@ -15,7 +15,7 @@ from bnnlib.runs.record import counted
 from bnnlib.sweeps.books import STATES, Books, state_of
 from bnnlib.sweeps.chapters import ChapterTask, write_index
 from bnnlib.sweeps.plan import Plan, planned_grid
-from bnnlib.sweeps.progress import Progress, describe, showing
+from bnnlib.sweeps.progress import Progress, best_and_worst, showing
 from bnnlib.sweeps.state import Sweep
 from bnnlib.sweeps.where import Where
 
@@ -139,17 +139,10 @@ def status_lines(out: Path) -> list[str]:
     books = Books(out)
     labels, notes = books.planned(), books.failures()
     states = {name: state_of(out, name, books.note(name).name in notes) for name in labels}
-    known = _known(out)
     lines = ["   ".join(f"{s} {sum(v == s for v in states.values()):,}" for s in STATES)]
-    errors = sorted((known[name], name) for name in labels if name in known)
-    ends = errors[:1] + errors[1:][-1:]
-    for word, (found, name) in zip(("best", "worst"), ends, strict=False):
-        lines.append(f"{word:<8}{describe(labels[name], found)}")
+    lines += best_and_worst(labels, _known(out))
     lines += [f"running: {labels[name]}" for name, state in states.items() if state == "running"]
-    failed = [
-        note
-        for name, state in states.items()
-        if state == "failed"
-        for note in [notes.get(books.note(name).name, {"task": labels[name], "error": "?"})]
-    ]
-    return lines + [f"failed: {note['task']}: {note['error']}" for note in failed]
+    for name in (name for name, state in states.items() if state == "failed"):
+        note = notes.get(books.note(name).name, {"task": labels[name], "error": "?"})
+        lines.append(f"failed: {note['task']}: {note['error']}")
+    return lines

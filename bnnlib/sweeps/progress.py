@@ -52,17 +52,10 @@ class Progress:
     def table(self, sweep: Sweep) -> list[str]:
         """All that is to be said, in a few lines."""
         found = {name: (o.train_error, o.test_error) for name, o in sweep.outcomes.items()}
-        ranked = sorted(
-            (e, name)
-            for name, e in (self.errors | found).items()
-            if name in sweep.tasks and not isnan(e[0])
-        )
         lines = [self.title, self.counts(sweep)]
         lines += [f"dashboard   {sweep.dashboard}"] if sweep.dashboard else []
-        for word, (errors, name) in zip(
-            ("best", "worst"), ranked[:1] + ranked[1:][-1:], strict=False
-        ):
-            lines.append(f"{word:<8}{describe(sweep.tasks[name].label, errors)}")
+        labels = {name: task.label for name, task in sweep.tasks.items()}
+        lines += best_and_worst(labels, self.errors | found)
         return lines + self.missing(sweep)
 
     def missing(self, sweep: Sweep) -> list[str]:
@@ -73,7 +66,20 @@ class Progress:
         return [offers] if sweep.unmet else []
 
 
-def describe(label: str, errors: tuple[float, float]) -> str:
+def best_and_worst(labels: Mapping[str, str], errors: Errors) -> list[str]:
+    """The runs with the smallest and the largest training error, a line each.
+
+    `labels` are the tasks that are meant, by name; those without an error are left out.
+    """
+    ranked = sorted((errors[n], n) for n in labels if n in errors and not isnan(errors[n][0]))
+    ends = ranked[:1] + ranked[1:][-1:]
+    return [
+        f"{word:<8}{_describe(labels[name], *found)}"
+        for word, (found, name) in zip(("best", "worst"), ends, strict=False)
+    ]
+
+
+def _describe(label: str, *errors: float) -> str:
     """A run and its last errors in one line."""
     train, test = (f"{100 * e:.2f} %" if not isnan(e) else "-" for e in errors)
     return f"{label}: train error {train}, test error {test}"

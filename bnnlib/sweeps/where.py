@@ -1,7 +1,6 @@
 """Where the workers of a sweep are."""
 
 import importlib.util
-import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 
 from bnnlib.errors import InvalidValue, NotInstalled, shown
 from bnnlib.names import check_device
+from bnnlib.process import cores
 from bnnlib.sweeps.state import Sweep
 from bnnlib.sweeps.tasks import Task
 
@@ -86,13 +86,6 @@ class Where:
         if self.slurm:
             return clusters.slurm(self.slurm, lambda: len(sweep.left))
         return clusters.local(self.count(len(sweep.left)), self.threads, self.gpus())
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def is_installed() -> bool:
