@@ -211,10 +211,10 @@ def default_folder(experiment: Experiment, profile: str) -> Path:
 def _can_sweep() -> bool:
     from bnnlib.sweeps.where import is_installed
 
-    if found := is_installed():
-        return True
-    told = "without Dask (pip install 'bnnlib[sweep]') the seeds run one after the other"
-    click.echo(told, err=True)
+    found = is_installed()
+    if not found:
+        told = "without Dask (pip install 'bnnlib[sweep]') the seeds run one after the other"
+        click.echo(told, err=True)
     return found
 
 
@@ -246,11 +246,10 @@ def _run_side_by_side(trials: list[tuple], out: Path | None, how: dict[str, Any]
     planned = Plan(begin(list(tasks.values())))
     where = Where(device=how["device"])
     sweep = launch(planned, root, trials[0][0].name, where, how, lambda t: click.echo(t, err=True))
-    for _, _, folder, _ in trials:
-        if not sweep.failed:
-            click.echo(_last_words(read_run(folder)[2], folder))
     if sweep.failed:
         click.get_current_context().exit(1)
+    for _, _, folder, _ in trials:
+        click.echo(_last_words(read_run(folder)[2], folder))
 
 
 def _run_one(

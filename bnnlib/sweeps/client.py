@@ -18,7 +18,7 @@ from distributed.scheduler import KilledWorker
 from bnnlib.errors import NoScheduler
 from bnnlib.sweeps.books import Books
 from bnnlib.sweeps.state import Sweep
-from bnnlib.sweeps.tasks import Outcome, Task
+from bnnlib.sweeps.tasks import Outcome, Task, in_a_line
 from bnnlib.sweeps.worker import Attendant, Orders, is_working, perform, stop_working
 
 LOOKS_EVERY = 0.2  # seconds between two looks at what has come back
@@ -149,8 +149,8 @@ class _Client:
             if isinstance(error, KilledWorker):
                 self.lost(name, error.last_worker.address)
             else:  # not of the task, whose errors are outcomes: it did not get that far
-                said = f"{type(error).__name__}: {error}"
-                self.fail(name, Outcome("failed", said), "the worker could not begin")
+                outcome = Outcome("failed", in_a_line(error))
+                self.fail(name, outcome, "the worker could not begin")
         else:
             raise NoScheduler(self.gone())
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bnnlib.errors import BnnlibError
-from bnnlib.sweeps.tasks import Outcome, Task
+from bnnlib.sweeps.tasks import Outcome, Task, in_a_line
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Sweep:
                 if self.tasks[name].is_finished():
                     self.finished.add(name)
             except BnnlibError as error:  # it never can be, in this folder
-                self.failed[name] = Outcome("failed", f"{type(error).__name__}: {error}")
+                self.failed[name] = Outcome("failed", in_a_line(error))
 
 
 def begin(tasks: Sequence[Task]) -> Sweep:

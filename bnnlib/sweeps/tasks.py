@@ -99,7 +99,8 @@ class RunTask:
         from bnnlib.runs.run import run  # which loads PyTorch: for workers alone
 
         history = run(self.experiment, self.folder, progress="none", stop=stop, **how).history
-        errors = {f"{k}_error": history.rows[-1].get(f"{k}_error", nan) for k in ("train", "test")}
+        last = history.rows[-1] if len(history) else {}  # one of no epochs has none
+        errors = {f"{k}_error": last.get(f"{k}_error", nan) for k in ("train", "test")}
         return Outcome("finished", **errors)
 
 
@@ -113,21 +114,27 @@ def attempt(task: Task, how: Mapping[str, Any], stop: Callable[[], bool]) -> Out
 
 
 def _attempt(task: Task, how: Mapping[str, Any], stop: Callable[[], bool]) -> Outcome:
-    """An error of bnnlib's own would come again; of a full disk or a busy machine nobody knows."""
     try:
         return task.work(how, stop)
     except Interrupted:
         return Outcome("stopped")
     except FolderInUse as error:
-        return Outcome("held", error=_in_a_line(error))
+        return Outcome("held", error=in_a_line(error))
     except Exception as error:
-        again = isinstance(error, CannotWrite | DownloadFailed) or not isinstance(
-            error, BnnlibError
-        )
-        return Outcome("failed", _in_a_line(error), traceback.format_exc(), final=not again)
+        return failure(error)
 
 
-def _in_a_line(error: Exception) -> str:
+def failure(error: Exception) -> Outcome:
+    """The outcome of an error that is being handled.
+
+    One of bnnlib's own would come again; of a full disk or a busy machine nobody knows.
+    """
+    unknown = not isinstance(error, BnnlibError)
+    again = unknown or isinstance(error, CannotWrite | DownloadFailed)
+    return Outcome("failed", in_a_line(error), traceback.format_exc(), final=not again)
+
+
+def in_a_line(error: Exception) -> str:
     """An error in one line: the last of several, which a notebook's failure has."""
     lines = str(error).splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "")

@@ -15,7 +15,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from bnnlib.errors import InvalidValue
 from bnnlib.names import USED, use
-from bnnlib.sweeps.tasks import Outcome, Task, attempt
+from bnnlib.sweeps.tasks import Outcome, Task, attempt, failure
 
 HELD_FOR = 1.0  # seconds in which a folder may be held by one that only looks at it
 
@@ -66,7 +66,7 @@ def perform(task: Task, orders: Orders) -> tuple[Outcome, str]:
         try:
             prepare_process(orders)
         except Exception as error:  # of a user's file: it is this task's, not the worker's
-            return Outcome("failed", f"{type(error).__name__}: {error}"), worker.address
+            return failure(error), worker.address
         held_until = time.monotonic() + HELD_FOR
         while True:
             outcome = attempt(task, orders.how, attendant.stop.is_set)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from math import isnan
 
 import pytest
 
@@ -27,7 +28,7 @@ from bnnlib.sweeps import clusters
 from bnnlib.sweeps.books import Books, state_of
 from bnnlib.sweeps.client import MOST_DEATHS, MOST_LOSSES, _Client, work
 from bnnlib.sweeps.state import begin
-from bnnlib.sweeps.tasks import Outcome, RunTask, run_name
+from bnnlib.sweeps.tasks import Outcome, RunTask, attempt, run_name
 
 pytestmark = pytest.mark.xdist_group("sweeps")  # they share a cluster
 
@@ -170,6 +171,7 @@ def test_a_file_of_the_users_that_is_another_one_on_the_worker_is_refused(client
     work(sweep, client, Books(tmp_path), HOW, uses={str(tmp_path / "other.py"): "0" * 64})
     (outcome,) = sweep.failed.values()
     assert "other.py is another file here" in outcome.error
+    assert "in prepare_process" in outcome.trace
 
 
 def test_a_folder_of_something_else_is_no_reason_to_stop(client, tmp_path):
@@ -412,6 +414,12 @@ def test_more_is_not_handed_out_than_workers_can_take(tmp_path):
     ours.offers = [{"memory": 8}]
     ours.waiting = [tasks[0].name]
     assert ours.unmet() == "GPU=1"
+
+
+def test_a_run_of_no_epochs_is_finished_without_errors(tmp_path):
+    outcome = attempt(task(replace(SHORT, epochs=0), tmp_path), HOW, lambda: False)
+    assert outcome.state == "finished"
+    assert isnan(outcome.train_error)
 
 
 def test_outcomes_of_a_task_are_settled_one_by_one(tmp_path):
