@@ -106,7 +106,7 @@ def long_enough(kills: int, runs: int) -> int:
 
 def _last_words(lines: list[str]) -> list[str]:
     """What commands said, each once: without where they were, and how far the sweep was."""
-    left_out = (" ", "Traceback", "done ")
+    left_out = (" ", "/", "Traceback", "done ")  # "/": warnings of Python, by their file
     said = [line[:TOLD] for line in lines if line and not line.startswith(left_out)]
     return list(dict.fromkeys(said))
 
