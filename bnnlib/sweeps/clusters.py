@@ -22,8 +22,12 @@ from bnnlib.process import BRIEFLY
 
 # A worker that dies is told to the sweep at once, which knows whether its run came further.
 SCHEDULER = {"distributed.scheduler.allowed-failures": 0}
-# A SIGTERM that was meant for one worker here does not leave the sweep without it.
-LOCAL = SCHEDULER | {"distributed.worker.lifetime.restart": True}
+LOCAL = SCHEDULER | {
+    # A SIGTERM that was meant for one worker here does not leave the sweep without it.
+    "distributed.worker.lifetime.restart": True,
+    # A busy machine is slow to begin the next one, whose nanny is not to be given up meanwhile.
+    "distributed.deploy.lost-worker-timeout": "60s",
+}
 ANSWERS_WITHIN = 30  # seconds
 BEGINS = 3  # times that local workers are started, where they do not begin
 
@@ -35,8 +39,11 @@ def local(workers: int, threads: int = 1, gpus: int = 0) -> Iterator[Client]:
     Where there are GPUs the workers share them out, and each sees but its own.
     """
     options = [_worker_options(i, workers, threads, gpus) for i in range(workers)]
-    with dask.config.set(LOCAL), _local_cluster(options) as cluster, Client(cluster) as client:
-        yield client
+    with dask.config.set(LOCAL), _local_cluster(options) as cluster:
+        adaptive = partial(AsManyAsNeeded, needed=lambda: workers)
+        cluster.adapt(Adaptive=adaptive, minimum=workers, maximum=workers)
+        with Client(cluster) as client:
+            yield client
 
 
 def _local_cluster(options: Sequence[dict[str, Any]]) -> SpecCluster:

@@ -18,6 +18,7 @@ from bnnlib.names import USED, use
 from bnnlib.sweeps.tasks import Outcome, Task, attempt, failure
 
 HELD_FOR = 1.0  # seconds in which a folder may be held by one that only looks at it
+ASKS_EVERY = 0.05  # seconds between two looks whether a run is saved
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,22 @@ class Attendant(WorkerPlugin):
     def _leave(self, worker: Worker) -> None:
         self.stop.set()
         # Kept, because the loop itself keeps no task that it runs.
-        self.leaving = asyncio.ensure_future(worker.close_gracefully(reason="SIGTERM"))
+        self.leaving = asyncio.ensure_future(self._saved_and_closed(worker))
+
+    async def _saved_and_closed(self, worker: Worker) -> None:
+        """Take no new task, give back what is saved, and close; a nanny may begin another worker.
+
+        `Worker.close_gracefully` lets the scheduler remove the worker before it closes; where it
+        notices that first, it ends its nanny, too, and nobody takes its place.
+        """
+        try:
+            await worker.scheduler.retire_workers(
+                workers=[worker.address], close_workers=False, remove=False
+            )
+            while self.busy.locked():
+                await asyncio.sleep(ASKS_EVERY)
+        finally:  # the scheduler may be gone
+            await worker.close(nanny=not worker.lifetime_restart, reason="SIGTERM")
 
     def teardown(self, worker: Worker) -> None:
         self.stop.set()

@@ -1,5 +1,6 @@
 """A sweep on real workers: killed, stopped, failing, held; nothing is lost, nothing made twice."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("distributed")
 
 import dask
-from distributed import Client
+from distributed import Client, Scheduler, Status
 
 from bnnlib.errors import NoScheduler
 from bnnlib.experiments.originals import published
@@ -29,8 +30,6 @@ from bnnlib.sweeps.books import Books, state_of
 from bnnlib.sweeps.client import MOST_DEATHS, MOST_LOSSES, _Client, work
 from bnnlib.sweeps.state import begin
 from bnnlib.sweeps.tasks import Outcome, RunTask, attempt, run_name
-
-pytestmark = pytest.mark.xdist_group("sweeps")  # they share a cluster
 
 SHORT = smoke(published("svhn-random-labels"))
 LONG = replace(SHORT, epochs=100, evaluate_every=50)  # a second or two
@@ -217,7 +216,30 @@ def test_a_worker_that_ends_is_replaced_and_its_run_goes_on(client, alone, tmp_p
     records = [read_record(each.folder)[1] for each in sweep.tasks.values()]
     assert any("continued" in record for record in records)  # not begun anew
     assert Books(tmp_path).failures() == {}
-    client.wait_for_workers(2)  # for the next test
+    client.wait_for_workers(2, timeout=60)  # for the next test
+
+
+def test_a_worker_here_that_is_asked_to_go_keeps_its_nanny_which_is_replaced(tmp_path, monkeypatch):
+    async def late(self, **how):
+        answer = await retire(self, **how)
+        await asyncio.sleep(0.5)  # the worker notices all else first
+        return answer
+
+    retire = Scheduler.retire_workers
+    monkeypatch.setattr(Scheduler, "retire_workers", late)
+    with clusters.local(1) as lonely:
+        (nanny,) = lonely.cluster.workers.values()
+        sweep = begin(tasks_of(LONG, (0,), tmp_path))
+        disturbed = Disturbed(lonely, signal.SIGTERM)
+        work(sweep, lonely, Books(tmp_path), HOW, show=disturbed)
+        assert disturbed.hit
+        assert done(sweep)
+        assert nanny.status == Status.running
+        with dask.config.set({"distributed.deploy.lost-worker-timeout": "0.5s"}):
+            lonely.sync(nanny.close)
+            sweep = begin(tasks_of(SHORT, (0,), tmp_path))
+            work(sweep, lonely, Books(tmp_path), HOW)
+        assert done(sweep)
 
 
 def test_ctrl_c_lets_the_workers_save_and_the_same_sweep_goes_on(client, alone, tmp_path):
