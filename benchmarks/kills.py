@@ -63,7 +63,7 @@ def live(
     interrupted run exits with 130, a refused one with 1.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.kills", "torch._dynamo"])  # optimizers import it
+    context.set_forkserver_preload(["benchmarks.kills"])
     process = context.Process(target=_run, args=(experiment, folder, fuse, number, every))
     for part in folder.rglob("*.part"):
         part.unlink()  # so that one found later is of this life

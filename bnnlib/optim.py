@@ -4,6 +4,7 @@ The original's Adam, Bop, and whatever `torch.optim` has.
 """
 
 from collections.abc import Iterable, Sequence
+from inspect import unwrap
 from math import inf
 
 import torch
@@ -24,7 +25,19 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [*groups, {"params": rest, "lr_scale": 1.0, "clip": None}]
 
 
-class BinaryAdam(torch.optim.Optimizer):
+class _Optimizer(torch.optim.Optimizer):
+    """PyTorch's, made without its compiler, whose import takes longer than a short run.
+
+    These four methods import it at their first call, only to be left out of compiled code.
+    """
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class BinaryAdam(_Optimizer):
     """Adam in Lasagne's form; a group may scale its rate and clip its parameters.
 
     With a_t = lr * lr_scale * sqrt(1 - beta2^t) / (1 - beta1^t), each step is

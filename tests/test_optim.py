@@ -1,5 +1,7 @@
 import copy
 import pickle
+import subprocess
+import sys
 from math import nan
 
 import numpy as np
@@ -129,6 +131,13 @@ def test_a_copied_optimizer_continues_as_if_never_stopped(way, done, tiny):
     assert all(map(torch.equal, resumed[0].parameters(), whole[0].parameters()))
     assert int(resumed[1].updates) == 3
     assert int(stopped[1].updates) == done  # the copy is one
+
+
+def test_pytorchs_compiler_whose_import_takes_long_is_left_alone():
+    code = "import sys, torch; from bnnlib.optim import BinaryAdam; p = torch.ones(1);"
+    code += "o = BinaryAdam([p.requires_grad_()]); p.sum().backward(); o.step(); o.zero_grad();"
+    code += "o.load_state_dict(o.state_dict()); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(
