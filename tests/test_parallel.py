@@ -38,7 +38,7 @@ from bnnlib.runs.run import _own_device, run
 from bnnlib.training import EvaluationMode, TrainingState, fit, learning_rates
 
 BASE = smoke(published("svhn-random-labels"))
-LONG = replace(BASE, epochs=60)  # long enough to be stopped in
+LONG = replace(BASE, epochs=40)  # long enough to be stopped in
 
 
 def start(work, world, folder, *more):

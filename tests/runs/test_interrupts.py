@@ -19,7 +19,7 @@ from bnnlib.runs.record import is_finished
 from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
 
-EPOCHS = 200  # long enough to be interrupted in
+EPOCHS = 80  # long enough to be interrupted in
 EXPERIMENT = replace(smoke(published("svhn-random-labels")), epochs=EPOCHS)
 
 

@@ -38,7 +38,7 @@ profile = "smoke"
 [[runs]]
 experiments = ["svhn-random-labels"]
 seeds = "0-2"
-set = { epochs = 100, evaluate_every = 50 }
+set = { epochs = 60, evaluate_every = 30 }
 """
 LOCAL = Where(workers=2, device="cpu")
 
@@ -49,7 +49,7 @@ def call(*arguments):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder, with a grid of three runs of about two seconds each."""
+    """The current folder, with a grid of three runs of about a second each."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grid.toml").write_text(GRID)
     return tmp_path
@@ -93,8 +93,8 @@ def test_a_dry_run_shows_what_it_costs_and_writes_nothing(here, monkeypatch):
     assert shown.exit_code == 0
     head, row, total = shown.stdout.splitlines()
     assert head.split("  ")[-1].strip() == "core time"
-    assert row.split() == ["svhn-random-labels", "3", "3", "600", "3", "30", "min", "0", "s"]
-    assert total == "about 15 min 0 s on 2 workers, training alone"
+    assert row.split() == ["svhn-random-labels", "3", "3", "360", "3", "18", "min", "0", "s"]
+    assert total == "about 9 min 0 s on 2 workers, training alone"
     assert [path.name for path in here.iterdir()] == ["grid.toml"]
 
 
@@ -104,7 +104,7 @@ def test_a_step_is_measured_once_for_each_kind(here, monkeypatch):
     (here / "grid.toml").write_text(GRID + "product = { width = [0.125, 0.25], n_test = [0, 50] }")
     planned = planned_grid("grid.toml", here / "runs", None, LOCAL, None)
     assert sorted(e.width for e in asked) == [0.125, 0.25]
-    assert set(planned.costs.values()) == {200.0}
+    assert set(planned.costs.values()) == {120.0}
 
 
 def test_a_measured_step_takes_time_on_every_network(monkeypatch):

@@ -32,7 +32,7 @@ from bnnlib.sweeps.state import begin
 from bnnlib.sweeps.tasks import Outcome, RunTask, attempt, run_name
 
 SHORT = smoke(published("svhn-random-labels"))
-LONG = replace(SHORT, epochs=100, evaluate_every=50)  # a second or two
+LONG = replace(SHORT, epochs=60, evaluate_every=30)  # about a second
 HOW = {"device": "cpu", "checkpoint_every": 0.05}
 
 
