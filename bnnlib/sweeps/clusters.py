@@ -40,8 +40,7 @@ def local(workers: int, threads: int = 1, gpus: int = 0) -> Iterator[Client]:
     """
     options = [_worker_options(i, workers, threads, gpus) for i in range(workers)]
     with dask.config.set(LOCAL), _local_cluster(options) as cluster:
-        adaptive = partial(AsManyAsNeeded, needed=lambda: workers)
-        cluster.adapt(Adaptive=adaptive, minimum=workers, maximum=workers)
+        adapt(cluster, lambda: workers, minimum=workers, maximum=workers)
         with Client(cluster) as client:
             yield client
 
@@ -113,15 +112,14 @@ def slurm(path: str | Path, needed: Callable[[], int]) -> Iterator[Client]:
     check_slurm()
     settings, jobs = read_slurm(path)
     with dask.config.set(SCHEDULER), _slurm_cluster(settings) as cluster:
-        adapt(cluster, jobs, needed)
+        adapt(cluster, needed, minimum_jobs=0, maximum_jobs=jobs)
         with Client(cluster) as client:
             yield client
 
 
-def adapt(cluster: Any, jobs: int, needed: Callable[[], int]) -> None:
-    """Let a cluster of dask-jobqueue have the workers that are needed, in so many jobs at most."""
-    adaptive = partial(AsManyAsNeeded, needed=needed)
-    cluster.adapt(Adaptive=adaptive, minimum_jobs=0, maximum_jobs=jobs)
+def adapt(cluster: Any, needed: Callable[[], int], **bounds: int) -> None:
+    """Let a cluster have the workers that are needed, within the bounds of its own `adapt`."""
+    cluster.adapt(Adaptive=partial(AsManyAsNeeded, needed=needed), **bounds)
 
 
 def job_script(path: str | Path) -> str:

@@ -19,6 +19,7 @@ from bnnlib.sweeps.tasks import Outcome, Task, attempt, failure
 
 HELD_FOR = 1.0  # seconds in which a folder may be held by one that only looks at it
 ASKS_EVERY = 0.05  # seconds between two looks whether a run is saved
+LEAVES_WITHIN = 30.0  # seconds, as long as Dask waits; a chapter goes on to its end
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Attendant(WorkerPlugin):
             await worker.scheduler.retire_workers(
                 workers=[worker.address], close_workers=False, remove=False
             )
-            while self.busy.locked():
+            until = time.monotonic() + LEAVES_WITHIN
+            while self.busy.locked() and time.monotonic() < until:
                 await asyncio.sleep(ASKS_EVERY)
         finally:  # the scheduler may be gone
             await worker.close(nanny=not worker.lifetime_restart, reason="SIGTERM")

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from math import isnan
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -25,7 +26,7 @@ from bnnlib.runs.folder import load_run
 from bnnlib.runs.record import HISTORY, RECORD, read_record
 from bnnlib.runs.result import differences
 from bnnlib.runs.run import run
-from bnnlib.sweeps import clusters
+from bnnlib.sweeps import clusters, worker
 from bnnlib.sweeps.books import Books, state_of
 from bnnlib.sweeps.client import MOST_DEATHS, MOST_LOSSES, _Client, work
 from bnnlib.sweeps.state import begin
@@ -242,6 +243,15 @@ def test_a_worker_here_that_is_asked_to_go_keeps_its_nanny_which_is_replaced(tmp
         assert done(sweep)
 
 
+def test_a_worker_waits_only_so_long_for_what_cannot_be_stopped(monkeypatch):
+    monkeypatch.setattr(worker, "LEAVES_WITHIN", 0.2)
+    attendant, leaving = worker.Attendant("sweep"), AsyncMock(lifetime_restart=True)
+    attendant.setup(Mock(nanny=None))
+    attendant.busy.acquire()  # a chapter is executed
+    asyncio.run(attendant._saved_and_closed(leaving))
+    leaving.close.assert_awaited_once_with(nanny=False, reason="SIGTERM")
+
+
 def test_ctrl_c_lets_the_workers_save_and_the_same_sweep_goes_on(client, alone, tmp_path):
     def interrupt(sweep):
         if any(map(under_way, sweep.tasks.values())):
@@ -409,7 +419,7 @@ def test_jobs_of_a_batch_system_that_are_lost_are_asked_for_again(alone, tmp_pat
         ),
         LocalCluster(cores=1, processes=1, memory="1GB", log_directory=tmp_path) as cluster,
     ):
-        clusters.adapt(cluster, 1, lambda: len(sweep.left))
+        clusters.adapt(cluster, lambda: len(sweep.left), minimum_jobs=0, maximum_jobs=1)
         with Client(cluster) as client:
             work(sweep, client, Books(tmp_path), HOW, show=kill)
     assert killed
