@@ -50,6 +50,11 @@ class Pace(NamedTuple):
     seconds: float
     share: float  # of that time, in which the process had a core
 
+    @property
+    def on_core(self) -> float:
+        """The seconds without those in which other processes had the core, for one thread."""
+        return self.seconds * self.share
+
 
 def time_steps(
     experiments: Mapping[str, Experiment],

@@ -17,7 +17,7 @@ PUBLIC = {
     "quantizers": "sign hard_sigmoid binarize binarize_stochastic binary_tanh binary_sigmoid "
     "approx_sign approx_step scaled_sign",
     "layers": "Activation BatchNorm BinaryConv2d BinaryLinear BinarySigmoid BinaryTanh Dropout "
-    "binary_layers evaluating seed_layers",
+    "binary_layers derive_seed evaluating seed_layers",
     "models": "ARCHITECTURES Architecture binarynet binary_resnet18 count_parameters",
     "losses": "error_rate hinge_loss l2_penalty squared_hinge_loss",
     "optim": "BinaryAdam Bop clip_latent_weights make_optimizer parameter_groups set_rate",
@@ -34,11 +34,11 @@ PUBLIC = {
     "experiments.originals": "PUBLISHED published",
     "experiments.variants": "CAPACITY VARIANTS named",
     "experiments.profiles": "PROFILES at_profile by_profile full quick reduced smoke",
-    "experiments.build": "build_model derive_seed prepare_data",
+    "experiments.build": "build_model prepare_data",
     "runs.record": "profile_of",
-    "runs.result": "Run differences is_guessing",
+    "runs.result": "Run differences",
     "runs.folder": "load_run",
-    "runs.ledger": "histories load_runs results stored_runs write_ledger",
+    "runs.ledger": "histories load_runs results stored_runs stored_table write_ledger",
     "runs.evaluation": "evaluate_run",
     "runs.run": "run",
     "sweeps.launch": "sweep",

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bnnlib.data.images import ImageSet
-from bnnlib.errors import InvalidValue, check_whole
+from bnnlib.data.images import ImageSet, scale_pixels
+from bnnlib.errors import InvalidValue, check_name, check_whole
+from bnnlib.names import NOISE_SHAPES
 
 
 def random_labels(data: ImageSet, fraction: float = 1.0, *, seed: int) -> ImageSet:
@@ -38,23 +40,62 @@ def random_labels(data: ImageSet, fraction: float = 1.0, *, seed: int) -> ImageS
 
 
 def gaussian_inputs(
-    data: ImageSet, variance: float = 0.1, *, seed: int, matched: bool = False
+    data: ImageSet,
+    variance: float = 0.1,
+    *,
+    seed: int,
+    matched: bool = False,
+    shape: str = "white",
 ) -> ImageSet:
     """Gaussian noise in place of the images; the labels stay.
 
-    Each value is N(0, variance), i.i.d., in the scaled range where pixels lie in [-1, 1]; it
-    is not clipped, so the images become float32. With `matched`, mean and variance are those
-    of the set's own pixels instead, as in Zhang et al. 2017 and Arpit et al. 2017.
-    Raises InvalidValue unless variance is positive and finite.
-    Source: `cifar10_randX_input.py:127-137` of the original.
+    Each value is N(0, variance) in the scaled range where pixels lie in [-1, 1]; it is not
+    clipped, so the images become float32. With `matched`, mean and variance are those of the
+    set's own pixels instead, as in Zhang et al. 2017 and Arpit et al. 2017. The `shape`:
+
+    - "white": the values of an image are independent.
+    - "blurred": white noise under a Gaussian window of one pixel (standard deviation), which
+      wraps around, then scaled to the variance.
+    - "images": with the mean image and the covariance of the set, whatever `variance` says.
+
+    Raises InvalidValue unless variance is positive and finite, and for another shape.
+    Source: `cifar10_randX_input.py:127-137` of the original ("white").
     """
     if not 0 < variance < math.inf:
         raise InvalidValue(f"variance must be positive and finite, got {variance}")
+    check_name("shape", shape, NOISE_SHAPES)
+    rng = _generator(seed)
+    if shape == "images":
+        note = f"Gaussian inputs: mean and covariance of the images, seed {seed}"
+        return _noted(replace(data, images=_gaussian_like(data, rng)), note)
     mean, std = _scaled_moments(data) if matched else (0.0, variance**0.5)
-    noise = _generator(seed).standard_normal(tuple(data.images.shape), np.float32)
-    images = torch.from_numpy(noise).mul_(std).add_(mean)
-    note = f"Gaussian inputs: mean {mean:.6g}, variance {std**2:.6g}, seed {seed}"
-    return _noted(replace(data, images=images), note)
+    noise = torch.from_numpy(rng.standard_normal(tuple(data.images.shape), np.float32))
+    if shape == "blurred":
+        noise = _blurred(noise)
+    note = f"Gaussian inputs: {shape}, mean {mean:.6g}, variance {std**2:.6g}, seed {seed}"
+    return _noted(replace(data, images=noise.mul_(std).add_(mean)), note)
+
+
+def _blurred(noise: Tensor) -> Tensor:
+    """White noise (N, C, H, W) of variance 1 -> smooth noise of variance 1."""
+    response = torch.ones(1)
+    for size in noise.shape[2:]:  # of a Gaussian window, which is one in frequency too
+        response = response[..., None] * torch.exp(-2 * (math.pi * torch.fft.fftfreq(size)) ** 2)
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * response[0]).real
+    return (smooth / response.square().mean().sqrt()).contiguous()
+
+
+def _gaussian_like(data: ImageSet, rng: np.random.Generator) -> Tensor:
+    """Gaussian draws with the mean and the covariance of the scaled images: (N, C, H, W).
+
+    Sums of all centred images, weighted by independent normal numbers, have just their covariance.
+    """
+    x = scale_pixels(data.images).flatten(1)  # (N, C*H*W)
+    mean, n = x.mean(0), len(x)
+    centred = (x - mean) / max(1, n - 1) ** 0.5
+    parts = [rng.standard_normal((len(part), n), np.float32) for part in x.split(1000)]
+    noise = torch.cat([torch.from_numpy(part) @ centred for part in parts])
+    return (noise + mean).reshape(data.images.shape)
 
 
 def shuffled_pixels(data: ImageSet, *, seed: int) -> ImageSet:

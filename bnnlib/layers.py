@@ -4,10 +4,12 @@ A binary layer keeps a real-valued *latent* weight and computes with what its qu
 Layers take and give float tensors, (B, C, H, W) or (B, features).
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import sqrt
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -304,6 +306,12 @@ class Activation(nn.Module):
 
     def extra_repr(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose, so that no two random acts of a run share their numbers."""
+    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode())])
+    return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_layers(model: nn.Module, seed: int | None) -> nn.Module:

@@ -122,6 +122,8 @@ ARCHITECTURES = {
     # ours: wide and shallow, because narrow deep ones memorize too little in a quick run
     "small": Architecture((32, 64), pool_every=1, dense=(512, 512)),
     # ours: dense layers only, for the patterns whose labels are counted in bits
+    "linear": Architecture((), pool_every=1, dense=(), image_size=8),
+    "dense_one": Architecture((), pool_every=1, dense=(64,), image_size=8),
     "dense": Architecture((), pool_every=1, dense=(64, 64), image_size=8),
     # Hubara et al. 2016 for MNIST
     "mlp": Architecture((), pool_every=1, dense=(4096,) * 3, image_size=28, in_channels=1),
@@ -222,7 +224,9 @@ def _assemble(a: Architecture, width, conv, dense, act, dropout, before_norm) ->
     return nn.Sequential(layers)
 
 
-cifar10, svhn, small, dense, mlp = (partial(binarynet, name) for name in ARCHITECTURES)
+cifar10, svhn, small, linear, dense_one, dense, mlp = (
+    partial(binarynet, name) for name in ARCHITECTURES
+)
 
 # ------------------------------------------------------------------------ a residual network
 

@@ -64,7 +64,9 @@ def _places(module: str, names: str) -> dict[str, str]:
 
 # builds a network: see `models.build_network`
 NETWORKS = Registry(
-    "network", _places("bnnlib.models", "cifar10 svhn small dense mlp binary_resnet18")
+    "network",
+    _places("bnnlib.models", "cifar10 svhn small linear dense_one dense mlp binary_resnet18")
+    | _places("bnnlib.studies.chaos", "frozen frozen_batch"),
 )
 # latent weight -> weight, or (latent weight, generator) -> weight; or a class of such modules
 QUANTIZERS = Registry(
@@ -85,6 +87,7 @@ ACTIVATIONS = Registry(
         "binary_tanh": "bnnlib.layers:BinaryTanh",
         "binary_sigmoid": "bnnlib.layers:BinarySigmoid",
         "straight_through": "bnnlib.quantizers:binarize",
+        "hardtanh": "torch.nn:Hardtanh",
     }
     | _places("bnnlib.quantizers", "approx_sign approx_step"),
 )
@@ -117,11 +120,13 @@ DATASETS = Registry(
 SPLITS = ("train", "valid", "test")
 WEIGHT_MODES = ("deterministic", "stochastic", "real")  # of an evaluation
 STATISTICS = ("running", "batch")
+EVALUATION_CLASSES = ("mixed", "apart")
 DROPOUT_POSITIONS = ("before_norm", "after_activation")
 PENALTY_TARGETS = ("nothing", "weights", "gamma")
 SCHEDULES = ("exponential", "linear")
 PIXEL_ORDERS = ("kept", "shuffled", "random")
-PROBES = ("flips", "saturation", "parts", "modes", "critical")
+NOISE_SHAPES = ("white", "blurred", "images")
+PROBES = ("flips", "saturation", "parts", "modes", "critical", "bits")
 PRECISIONS = ("auto", "float32", "half")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 

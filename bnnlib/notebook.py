@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import copysign
 from typing import Any
 
 from bnnlib.errors import InvalidValue, check_name, shown, unknown_name
@@ -48,6 +49,18 @@ def at_parameters(
     return replace(at_profile(named(name), profile), **seeds | own | changes)
 
 
+def rounded(value: float, digits: int = 1) -> str:
+    """A number with so many decimals; halves are rounded away from zero.
+
+    53.15 is kept as the binary number below it, and 100 * 0.5315 need not be the same one. What
+    is within 1e-9 of a half is taken as a half, so that all pages show one number alike.
+
+    >>> rounded(53.15)
+    '53.2'
+    """
+    return f"{value + copysign(1e-9, value):z.{digits}f}"
+
+
 def spread(values: Iterable[float], digits: int = 1) -> str:
     """Numbers in one cell of a table: the mean and, where they differ, the range.
 
@@ -56,7 +69,7 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
     """
     values = list(values)
     three = (sum(values) / len(values), min(values), max(values))
-    mean, low, high = (f"{value:.{digits}f}" for value in three)
+    mean, low, high = (rounded(value, digits) for value in three)
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
@@ -67,9 +80,9 @@ def outcome(*runs: Run, limits: Sequence[float] = (0.1, 0.01)) -> dict[str, Any]
     with at most this training error, for each seed, "-" where there was none.
     """
     row: dict[str, Any] = {"seeds": len(runs)}
-    for split, digits in (("train", 2), ("test", 1)):
+    for split in ("train", "test"):
         errors = [100 * r.history.last(f"{split}_error") for r in runs]
-        row[f"{split} error (%)"] = spread(errors, digits)
+        row[f"{split} error (%)"] = spread(errors)
     for limit in limits:
         reached = [epochs_to_reach(r.history, (limit,))[0] for r in runs]
         row[f"to {100 * limit:g} %"] = " ".join(str(epoch or "-") for epoch in reached)

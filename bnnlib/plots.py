@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from math import isnan
 
 import matplotlib.pyplot as plt
@@ -160,14 +161,12 @@ def _percent_axis(ax: Axes, chance: float) -> None:
 def plot_class_errors(
     errors: Mapping[str, Sequence[float]], names: Sequence[str], ax: Axes
 ) -> Axes:
-    """Bars of error per class (shares), side by side for each key of `errors`."""
+    """A mark for the error of each class (shares), of another shape for each key of `errors`."""
     if any(len(values) != len(names) for values in errors.values()):
         raise InvalidValue(f"every entry needs {len(names)} class errors, one for each name")
-    width = 0.8 / len(errors)
-    for k, (label, values) in enumerate(errors.items()):
-        x = np.arange(len(names)) + (k - (len(errors) - 1) / 2) * width
-        heights = [100 * value for value in values]
-        ax.bar(x, heights, width, label=label, color=COLOURS.get(label))
+    for (label, values), marker in zip(errors.items(), cycle("osD^"), strict=False):
+        style = {"linestyle": "", "marker": marker, "color": COLOURS.get(label), "label": label}
+        ax.plot(range(len(names)), [100 * value for value in values], **style)
     _percent_axis(ax, 1 - 1 / len(names))
     ax.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 2 else 0)
     return ax

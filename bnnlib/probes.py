@@ -1,6 +1,8 @@
 """What happens inside a network while it memorizes; on request as columns of a `History`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import log, log2
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,23 @@ def flip_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dic
 def saturation(model: nn.Module) -> dict[str, float]:
     """Share of each layer's latent weights that lie at the clip, |W| = 1."""
     return {name: _share(weight.abs() >= 1) for name, weight in _latent_weights(model).items()}
+
+
+def mutual_information(predicted: Tensor, labels: Tensor, classes: int = 10) -> float:
+    """I(predicted; label) in bits for each image, from labels (N,) int64 and predictions (N,).
+
+    I = sum over i, j of p_ij log2(p_ij / (p_i p_j)) with the observed shares p. Few images
+    make this too large by about (m_ij - m_i - m_j + 1) / (2 N ln 2), where m counts the
+    shares that are not zero (Miller 1955); so much is taken off. Between 0 and log2(classes).
+    """
+    pairs = torch.bincount(predicted * classes + labels, minlength=classes**2)
+    p = (pairs.double() / len(labels)).reshape(classes, classes)
+    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
+    seen = p > 0
+    information = (p[seen] * (p[seen] / independent[seen]).log2()).sum().item()
+    cells = (seen.sum() - seen.any(1).sum() - seen.any(0).sum() + 1).item()
+    bias = cells / (2 * len(labels) * log(2))
+    return min(max(0.0, information - bias), log2(classes))
 
 
 def _share(mask: Tensor) -> float:
@@ -99,13 +118,20 @@ def mode_errors(
     model: nn.Module,
     batches: Mapping[str, Batches],
     after_batch: Callable[[], object] = lambda: None,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """`SPLIT_error_MODE` for each of `EVALUATION_MODES` and each of the sets, by split."""
-    return {
-        f"{split}_error_{name}": evaluate(model, batches[split], mode, after_batch).error
-        for split in batches
-        for name, mode in EVALUATION_MODES.items()
-    }
+    """`SPLIT_error_MODE` for each of `EVALUATION_MODES` and each of the sets, by split.
+
+    `seed`: of stochastic weights, from which each of these evaluations gets draws of its own.
+    """
+    columns = {}
+    for split in batches:
+        for name, mode in EVALUATION_MODES.items():
+            mode = replace(mode, seed=seed).afresh(f"{split} {name}")
+            columns[f"{split}_error_{name}"] = evaluate(
+                model, batches[split], mode, after_batch
+            ).error
+    return columns
 
 
 class Recorder:
@@ -115,8 +141,9 @@ class Recorder:
     - "saturation": `saturation_LAYER`, each epoch.
     - "parts": `train_error_clean` and `train_error_corrupted`, see `part_errors`.
     - "critical": `critical_sample_ratio` of the first training images.
+    - "bits": `memorized_bits`, `mutual_information` of all training images.
 
-    The last two are computed when the errors are. Raises InvalidValue for an unknown name.
+    The last three are computed when the errors are. Raises InvalidValue for an unknown name.
     """
 
     def __init__(self, names: Sequence[str], train: ImageSet, seed: int):
@@ -143,6 +170,10 @@ class Recorder:
             row |= _prefixed("train_error_", part_errors(results["train"], self.train))
         if "critical" in self.names:
             row["critical_sample_ratio"] = self._critical(state.model)
+        if "bits" in self.names:
+            predicted, labels = results["train"].predicted, self.train.labels
+            information = mutual_information(predicted, labels, len(self.train.class_names))
+            row["memorized_bits"] = len(labels) * information
         return row
 
     def _critical(self, model: nn.Module) -> float:

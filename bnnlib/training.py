@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, isfinite, nan
 
 import torch
@@ -17,9 +17,16 @@ from bnnlib.errors import InvalidValue, NotFinite, check_name
 from bnnlib.files import Row
 from bnnlib.history import History, describe_row
 from bnnlib.kernels.graphs import GraphedStep
-from bnnlib.layers import Activation, binary_layers, evaluating, random_generator, sharing
+from bnnlib.layers import (
+    Activation,
+    binary_layers,
+    derive_seed,
+    evaluating,
+    random_generator,
+    sharing,
+)
 from bnnlib.losses import Loss, mistakes, squared_hinge_loss
-from bnnlib.names import SCHEDULES
+from bnnlib.names import EVALUATION_CLASSES, SCHEDULES
 from bnnlib.optim import BinaryAdam, clip_latent_weights, set_rate
 from bnnlib.parallel import ALONE, Ranks, Shard
 
@@ -50,12 +57,23 @@ def learning_rates(schedule: str, start: float, final: float, epochs: int) -> li
 
 @dataclass(frozen=True)
 class EvaluationMode:
-    """How a model is tested: its weights and statistics as in `layers.evaluating`."""
+    """How a model is tested: its weights and statistics as in `layers.evaluating`.
+
+    `classes`: whether the error of a class comes from the "mixed" batches of the whole set, or,
+    "apart", from batches that hold this class alone, as in the original
+    (`binary_net_random_labels.py:322-338`). That makes a difference where statistics are those of
+    the batch.
+    """
 
     weights: str | None = None  # None: as in training
     statistics: str = "running"
     samples: int = 1  # passes whose scores are averaged, each with its own stochastic weights
     seed: int = 0  # of those weights
+    classes: str = "mixed"
+
+    def afresh(self, purpose: str) -> "EvaluationMode":
+        """The mode with another seed, for this purpose alone."""
+        return replace(self, seed=derive_seed(self.seed, purpose))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +83,7 @@ class Evaluation:
     error: float
     class_errors: tuple[float, ...]  # NaN for a class that the set does not hold
     mistakes: Tensor  # (N,) bool, in the order of the set
+    predicted: Tensor  # (N,) int64, the classes of the largest scores
 
 
 @torch.inference_mode()
@@ -75,32 +94,56 @@ def evaluate(
     after_batch: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Error over every image of the set, and of each class, from one pass in `mode`.
+    """Error over every image of the set, and of each class, in `mode`.
 
-    The model is the same afterwards, its averages and generators included, also where
-    `after_batch`, called after each batch, raises. With statistics of the batch no batch is
-    larger than in training, and all but the last are of one size. Several `ranks` share the
-    batches; where weights are drawn each computes all, or the draws would be others.
+    One pass gives both; where classes are "apart", a pass over each of them follows. The model is
+    the same afterwards, its averages and generators included, also where `after_batch`, called
+    after each batch, raises. With statistics of the batch no batch is larger than in training,
+    and all but the last are of one size. Several `ranks` share the batches; where weights are
+    drawn each computes all, or the draws would be others.
     """
-    mode = mode or EvaluationMode()
-    wrong = torch.zeros(len(batches), dtype=torch.uint8, device=batches.labels.device)
+    mode, labels = mode or EvaluationMode(), batches.labels
+    check_name("classes", mode.classes, EVALUATION_CLASSES)
     with evaluating(model, mode.weights, mode.statistics, mode.seed):
-        size = _evaluation_batch(model, batches, mode.statistics)
-        sharers = ALONE if _draws(model) else ranks
-        for begin in range(0, len(batches), size * sharers.world):  # a batch for each of them
-            own = slice(begin + size * sharers.rank, begin + size * (sharers.rank + 1))
-            x, labels = batches.take(own)
-            if len(labels):
-                wrong[own] = mistakes(sum(model(x) for _ in range(mode.samples)), labels)
-            after_batch()
-    wrong = sharers.total(wrong).cpu().bool()
-    return Evaluation(wrong.double().mean().item(), _class_errors(wrong, batches), wrong)
+
+        def classified(rows: Tensor) -> Tensor:
+            return _classified(model, batches, rows, mode, after_batch, ranks)
+
+        predicted = classified(torch.arange(len(labels), device=labels.device))
+        by_class = predicted.clone()
+        for i in labels.unique() if mode.classes == "apart" else ():
+            rows = (labels == i).nonzero().flatten()
+            by_class[rows] = classified(rows)
+    wrong, wrong_by_class = ((found != labels).cpu() for found in (predicted, by_class))
+    error = wrong.double().mean().item()
+    return Evaluation(error, _class_errors(wrong_by_class, batches), wrong, predicted.cpu())
 
 
-def _evaluation_batch(model: nn.Module, batches: Batches, statistics: str) -> int:
-    """Images at once, for a model that is in the mode it is evaluated in."""
+def _classified(
+    model: nn.Module,
+    batches: Batches,
+    rows: Tensor,
+    mode: EvaluationMode,
+    after_batch: Callable[[], object],
+    ranks: Ranks,
+) -> Tensor:
+    """The classes of the largest scores of the images at `rows`, in batches of these alone."""
+    predicted = torch.zeros_like(rows)
+    size = _evaluation_batch(model, len(rows), batches, mode.statistics)
+    sharers = ALONE if _draws(model) else ranks
+    for begin in range(0, len(rows), size * sharers.world):  # a batch for each of them
+        own = slice(begin + size * sharers.rank, begin + size * (sharers.rank + 1))
+        if len(rows[own]):
+            x, _ = batches.take(rows[own])
+            predicted[own] = sum(model(x) for _ in range(mode.samples)).argmax(1)
+        after_batch()
+    return sharers.total(predicted)
+
+
+def _evaluation_batch(model: nn.Module, n: int, batches: Batches, statistics: str) -> int:
+    """Of n images, those at once, for a model that is in the mode it is evaluated in."""
     if statistics == "batch":
-        return ceil(len(batches) / ceil(len(batches) / batches.batch_size))
+        return ceil(n / ceil(n / batches.batch_size))
     if _draws(model):
         return SAMPLED_BATCH
     return EVALUATION_BATCH.get(batches.labels.device.type, SAMPLED_BATCH)
@@ -301,6 +344,8 @@ def _can_be_captured(state: TrainingState, loss: Loss) -> bool:
     modules = list(state.model.modules())
     parts = [loss, *map(type, modules), *(layer.quantizer for layer in binary_layers(state.model))]
     parts += [module.function for module in modules if isinstance(module, Activation)]
+    if any(getattr(module, "on_host", False) for module in modules):
+        return False
     ours = all(getattr(p, "__module__", "").split(".")[0] in ("bnnlib", "torch") for p in parts)
     return ours and type(state.optimizer) is BinaryAdam
 
@@ -373,7 +418,8 @@ def fit(
     """Train for one epoch at each learning rate in `rates`; returns the `History`.
 
     Begins where `state` is, and moves it. Errors are computed every `evaluate_every` epochs and
-    after the last, in `mode`. `loss` is any function of scores (B, C) and labels (B,) to a
+    after the last, in `mode`; stochastic weights are drawn afresh for each epoch and split, from
+    seeds that follow from its own. `loss` is any function of scores (B, C) and labels (B,) to a
     scalar; what `penalty` returns is added to it. `measure` is given
     the state and the evaluations of each epoch, by split, and returns more columns. `progress`
     is "bar", "lines", "none" or "auto", see `resolve_progress`.
@@ -386,6 +432,7 @@ def fit(
     sets = {"train": train, "valid": valid, "test": test}
     shard = Shard(ranks, train.batch_size) if ranks.world > 1 else None
     style, step = resolve_progress(progress), Step(state, train, penalty, loss, shard)
+    mode = mode or EvaluationMode()
     with sharing(state.model, shard), _bar(style, state, len(step.order), len(rates)) as bar:
         for epoch in range(len(state.history) + 1, len(rates) + 1):
             lr = rates[epoch - 1]
@@ -396,7 +443,8 @@ def fit(
             due = epoch % evaluate_every == 0 or epoch == len(rates)
             tested = {name: batches for name, batches in sets.items() if batches and due}
             results = {
-                k: evaluate(state.model, b, mode, after_batch, ranks) for k, b in tested.items()
+                k: evaluate(state.model, b, mode.afresh(f"{k} {epoch}"), after_batch, ranks)
+                for k, b in tested.items()
             }
             for name in sets:
                 row |= _error_columns(name, results.get(name), train.classes)

@@ -96,7 +96,7 @@ EACH_KIND = {
     "binary": BASE,
     "float": replace(BASE, binary=False),
     "dropout": smoke(named("svhn-dropout-after-activation")),
-    "stochastic": smoke(published("cifar10-stochastic")),
+    "stochastic": smoke(published("svhn-stochastic")),
     "real weights": replace(BASE, network="svhn", weights="real"),
     "dense": smoke(named("capacity")),
 }

@@ -514,7 +514,8 @@ class Signs(nn.Module):
     """Every function of signs, side by side."""
 
     def forward(self, x):
-        activations = [make_activation(name)(x) for name in ACTIVATIONS]
+        rounding = [name for name in ACTIVATIONS if name != "hardtanh"]  # which rounds nothing
+        activations = [make_activation(name)(x) for name in rounding]
         return torch.stack([*activations, QUANTIZERS["clipped"](x)])
 
 

@@ -177,7 +177,7 @@ def test_what_needs_no_pytorch_does_not_load_it(tmp_path):
         *("run svhn-l2 --seeds 2-1", "run svhn-l2 --set n_train=20", "run svhn-l2 --data no"),
         *("run svhn-l2 --set dataset=no.npz", "run svhn-l2 --out @", "show no", "plot @ no"),
         *("run svhn-evaluation --set run_folder=no", "run svhn-l2 --checkpoint-every nan"),
-        *("evaluate @", "list --use no.py", "plot @ --out a.gif", "capacity --device x"),
+        *("evaluate @", "list --use no.py", "plot @ --out a.gif"),
         *("results no", "results @ --csv @"),
     ]
     commands = [*good, *bad, "plot @"]  # the last one, so that PyTorch is noticed
@@ -241,7 +241,7 @@ def test_a_closed_pipe_is_silent(arguments):
         ((*RUN, "--seeds", "0-2,1"), "--seeds names a seed twice: '0-2,1'"),
         ((*RUN, "--seeds", "1", "--set", "seed=2"), "--seeds gives seed, so --set cannot"),
         ((*RUN, "--seeds", "0," + "9" * 19), "seed must be 0 to 9,223,372,036,854,775,807"),
-        (("capacity", "--device", "cud"), "unknown device 'cud'; did you mean 'cuda'"),
+        (("run", "capacity", "--device", "cud"), "unknown device 'cud'; did you mean 'cuda'"),
         ((*RUN, "--out", ""), "--out must be the path of a folder, got ''"),
         (("svhn-subset", "--data", ""), "--data must be the path of a folder, got ''"),
         (("show", ""), "RUN must be the path of a folder, got ''"),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from math import inf, nan
 
 import numpy as np
@@ -7,6 +8,9 @@ import torch
 from bnnlib.corruption import gaussian_inputs, random_labels, random_pixels, shuffled_pixels
 from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue
+from bnnlib.experiments.build import prepare_data
+from bnnlib.experiments.originals import published
+from bnnlib.experiments.profiles import smoke
 
 ALL = [random_labels, gaussian_inputs, shuffled_pixels, random_pixels]
 
@@ -123,6 +127,110 @@ def test_matched_noise_has_the_moments_of_the_scaled_pixels_also_of_noise(noise)
         data = gaussian_inputs(data, seed=seed, matched=True)
         torch.testing.assert_close(data.images.mean(), pixels.mean(), rtol=0, atol=4e-3)
         torch.testing.assert_close(data.images.std(), pixels.std(), rtol=0, atol=4e-3)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("matched", [False, True])
+def test_white_noise_is_the_draws_of_the_seed_scaled_and_shifted(noise, matched):
+    data = noise()
+    pixels = data.images.numpy() / 127.5 - 1
+    mean, std = (pixels.mean(), pixels.std()) if matched else (0, 0.3**0.5)
+    x = gaussian_inputs(data, 0.3, seed=1, matched=matched).images.numpy()
+    np.testing.assert_allclose(x, normal(1, *x.shape) * std + mean, rtol=1e-5, atol=1e-6)
+    if not matched:  # as in every run that was stored
+        assert (x == normal(1, *x.shape) * np.float32(std)).all()
+
+
+def test_blurred_noise_is_white_noise_under_a_window_of_one_pixel(noise):
+    x = gaussian_inputs(noise(n=2, size=8), 0.3, seed=1, shape="blurred").images.numpy()
+    white, blurred = normal(1, *x.shape), np.zeros(x.shape)
+    for i in range(-6, 7):
+        for j in range(-6, 7):
+            weight = np.exp(-(i**2 + j**2) / 2)
+            blurred += weight * np.roll(white, (i, j), axis=(2, 3))
+    line = sum(np.exp(-(i**2)) for i in range(-6, 7))  # of the squares of the weights
+    np.testing.assert_allclose(x, blurred / line * 0.3**0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("matched", [False, True])
+def test_blurred_noise_has_the_variance_and_neighbours_that_are_alike(noise, matched):
+    data = noise(n=300, size=16)
+    pixels = scale_pixels(data.images)
+    mean, variance = (pixels.mean().item(), pixels.var().item()) if matched else (0.0, 0.2)
+    x = gaussian_inputs(data, 0.2, seed=1, matched=matched, shape="blurred").images
+    assert (x.dtype, x.shape, x.is_contiguous()) == (torch.float32, data.images.shape, True)
+    assert x.mean() == pytest.approx(mean, abs=0.01)
+    assert x.var() == pytest.approx(variance, rel=0.03)
+    z = (x - x.mean()) / x.std()
+    for axis in (2, 3):  # the sum of two windows has twice the variance: exp(-d^2 / 4)
+        for distance in (1, 2, 3):
+            alike = (z * z.roll(distance, axis)).mean()
+            assert alike == pytest.approx(np.exp(-(distance**2) / 4), abs=0.02)
+    assert abs((z[:, 0] * z[:, 1]).mean()) < 0.02  # colours and images by themselves
+    assert abs((z[:-1] * z[1:]).mean()) < 0.02
+
+
+def correlated(n=2000):
+    """Images of 2 x 2: bright or dark in all of their values, most of them bright."""
+    rng = np.random.default_rng(0)
+    shade = np.where(rng.random((n, 1, 1, 1)) < 0.7, 180, 90)
+    pixels = torch.from_numpy((shade + rng.integers(40, size=(n, 3, 2, 2))).astype(np.uint8))
+    pixels[:, 2] = 255 - pixels[:, 2]  # blue the other way round
+    return ImageSet(pixels, torch.zeros(n, dtype=torch.int64), "shades", "train", ("only",))
+
+
+def test_noise_like_the_images_has_their_mean_image_and_covariance():
+    data = correlated()
+    pixels = data.images.numpy().reshape(2000, 12) / 127.5 - 1
+    x = gaussian_inputs(data, seed=1, matched=True, shape="images").images
+    assert (x.dtype, x.shape) == (torch.float32, data.images.shape)
+    x, expected = x.numpy().reshape(2000, 12), np.cov(pixels.T)
+    assert np.abs(x.mean(0) - pixels.mean(0)).max() < 5 * pixels.std() / 2000**0.5
+    assert np.abs(np.cov(x.T) - expected).max() < 0.12 * expected.max()
+    assert np.corrcoef(x.T)[0, 11] < -0.85  # opposite corners and colours
+    standard = (x - x.mean(0)) / x.std(0)
+    assert (standard**4).mean() == pytest.approx(3, abs=0.4)  # normal: bright or dark has 1.9
+
+
+def test_noise_like_the_images_is_a_sum_of_them_with_normal_weights():
+    data = correlated(n=1010)  # more than are drawn at once
+    pixels = data.images.numpy().reshape(1010, 12) / 127.5 - 1
+    x = gaussian_inputs(data, 7.0, seed=3, shape="images").images  # whatever the variance
+    drawn = normal(3, 1010, 1010) @ (pixels - pixels.mean(0)) / 1009**0.5 + pixels.mean(0)
+    np.testing.assert_allclose(x.reshape(1010, 12), drawn, atol=1e-4)
+
+
+def test_one_image_like_the_images_is_the_image(noise):
+    data = noise(n=1)
+    x = gaussian_inputs(data, seed=1, matched=True, shape="images").images
+    assert torch.equal(x, scale_pixels(data.images))
+
+
+def test_shapes_differ_and_are_noted(noise):
+    notes = {"white": "white, mean", "blurred": "blurred, mean", "images": "covariance of the"}
+    made = [gaussian_inputs(noise(), seed=1, matched=True, shape=shape) for shape in notes]
+    assert len({data.images.numpy().tobytes() for data in made}) == 3
+    for data, words in zip(made, notes.values(), strict=True):
+        assert words in data.provenance[0]
+
+
+def test_a_shape_that_is_none_names_the_nearest(noise):
+    with pytest.raises(InvalidValue, match="unknown shape 'blured'; did you mean 'blurred'"):
+        gaussian_inputs(noise(), seed=1, shape="blured")
+
+
+def test_an_experiment_has_a_shape_where_it_has_noise_that_may_have_it():
+    e = smoke(published("cifar10-gaussian-inputs"))
+    with pytest.raises(InvalidValue, match=r"='images' takes .* gaussian_matched can only"):
+        replace(e, gaussian_shape="images")
+    with pytest.raises(InvalidValue, match="gaussian_shape"):
+        replace(e, gaussian_variance=0.0, gaussian_shape="blurred")
+    images = prepare_data(replace(e, gaussian_shape="blurred"))["train"].images
+    alike = (images[..., 1:] * images[..., :-1]).mean() / images.square().mean()
+    assert alike == pytest.approx(np.exp(-1 / 4), abs=0.02)
 
 
 # ----------------------------------------------------------------------------------- pixels

@@ -17,6 +17,7 @@ from bnnlib.layers import (
     BinaryLinear,
     Dropout,
     binary_layers,
+    derive_seed,
     evaluating,
     seed_layers,
 )
@@ -349,6 +350,13 @@ def test_dropout_without_a_probability_is_refused():
 
 
 # ---------------------------------------------------------------------------- whole networks
+
+
+def test_derived_seeds_differ_by_seed_and_purpose_and_fit_a_generator():
+    made = [derive_seed(seed, purpose) for seed in range(5) for purpose in ("a", "b", "train")]
+    assert len(set(made)) == 15
+    assert all(0 <= seed < 2**63 for seed in made)
+    assert derive_seed(0, "a") == 1202876661367888254  # as in every run that was stored
 
 
 @pytest.fixture

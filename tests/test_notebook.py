@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from bnnlib.notebook import (
     check_parameters,
     outcome,
     read_parameters,
+    rounded,
     spread,
 )
 from bnnlib.runs.result import Run
@@ -184,6 +186,14 @@ def test_an_experiment_takes_the_parameters_that_are_given():
     assert at_parameters("svhn-l2", "quick", seed=3, corruption_seed=4).corruption_seed == 4
 
 
+def test_halves_are_rounded_away_from_zero_however_they_were_computed():
+    ways = [53.15, 100 * 0.5315, 53.0 + 0.15, (53.1 + 53.2) / 2, math.nextafter(53.15, 0)]
+    assert {rounded(value) for value in ways} == {"53.2"}
+    assert rounded(-53.15) == "-53.2"
+    assert [rounded(value, 2) for value in (0.125, -0.001, math.nan)] == ["0.13", "0.00", "nan"]
+    assert rounded(53.1499) == "53.1"
+
+
 def test_a_spread_is_a_mean_and_a_range_where_there_is_one():
     assert spread([1, 2, 6]) == "3.0 (1.0 to 6.0)"
     assert spread(iter([2.04, 2.01])) == "2.0"
@@ -199,7 +209,7 @@ def test_the_outcome_of_seeds_is_one_row():
     runs = ended(0.0, 0.9, [0.5, 0.1]), ended(0.02, 0.8, [0.09])
     assert outcome(*runs, limits=(0.1, 0.005)) == {
         "seeds": 2,
-        "train error (%)": "1.00 (0.00 to 2.00)",
+        "train error (%)": "1.0 (0.0 to 2.0)",
         "test error (%)": "85.0 (80.0 to 90.0)",
         "to 10 %": "2 1",
         "to 0.5 %": "9 -",

@@ -118,7 +118,7 @@ def trained(case, ranks):
         rates=learning_rates("linear", 1e-2, 1e-3, EPOCHS),
         loss=loss,
         evaluate_every=8,
-        mode=EvaluationMode(statistics="batch" if latent else "running"),
+        mode=EvaluationMode(statistics="batch" if latent else "running", classes="apart"),
         penalty=(lambda: 1e-3 * l2_penalty(latent)) if latent else None,
         progress="none",
         ranks=ranks,

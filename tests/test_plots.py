@@ -1,4 +1,3 @@
-from itertools import pairwise
 from math import nan
 
 import matplotlib as mpl
@@ -91,12 +90,14 @@ def test_levels_are_drawn_in_percent_with_the_mean_of_the_seeds_and_their_range(
     assert corners == {(0, 10), (0, 30), (100, 50), (100, 90)}
 
 
-def test_class_errors_are_bars_side_by_side(ax):
+def test_class_errors_are_marks_of_another_shape_for_each_split(ax):
     errors = {"train": (0.1, 0.2, 0.3), "test": (0.9, 0.8, 1.0)}
     assert plots.plot_class_errors(errors, "abc", ax) is ax
-    assert [bar.get_height() for bar in ax.patches] == pytest.approx([10, 20, 30, 90, 80, 100])
-    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches)
-    assert all(b[0] >= a[1] - 1e-9 for a, b in pairwise(edges))
+    assert [name for name, _ in lines(ax)] == ["train", "test"]
+    train, test = (np.array(points) for _, points in lines(ax))
+    assert train.ravel() == pytest.approx([0, 10, 1, 20, 2, 30])
+    assert test.ravel() == pytest.approx([0, 90, 1, 80, 2, 100])
+    assert ax.lines[0].get_marker() != ax.lines[1].get_marker()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
     assert chance(ax) == pytest.approx([100 * 2 / 3])
     with pytest.raises(InvalidValue, match="3 class errors"):

@@ -1,6 +1,7 @@
 from functools import partial
-from math import nan
+from math import log2, nan
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,11 +71,11 @@ def test_errors_on_true_and_on_false_labels(noise):
     data = noise(n=60)
     corrupted = random_labels(data, 0.5, seed=1)
     wrong = torch.arange(60) % 3 == 0
-    found = probes.part_errors(Evaluation(20 / 60, (), wrong), corrupted)
+    found = probes.part_errors(Evaluation(20 / 60, (), wrong, data.labels), corrupted)
     for part, flag in (("clean", False), ("corrupted", True)):
         chosen = [i for i in range(60) if corrupted.corrupted[i] == flag]
         assert found[part] == pytest.approx(sum(i % 3 == 0 for i in chosen) / len(chosen))
-    true = probes.part_errors(Evaluation(20 / 60, (), wrong), data)
+    true = probes.part_errors(Evaluation(20 / 60, (), wrong, data.labels), data)
     assert true == pytest.approx({"clean": 1 / 3, "corrupted": nan}, nan_ok=True)
 
 
@@ -132,17 +133,49 @@ def test_without_room_to_move_no_sample_is_critical_even_with_stochastic_weights
     assert ratio(model, x, radius=2.0) == 0
 
 
+def entropies(predicted, labels):
+    """H(prediction) + H(label) - H(both), an independent way to the plug-in estimate."""
+
+    def entropy(values):
+        p = np.unique(values, return_counts=True, axis=0)[1] / len(values)
+        return -(p * np.log2(p)).sum()
+
+    pairs = np.stack([predicted, labels], axis=1)
+    return entropy(predicted) + entropy(labels) - entropy(pairs)
+
+
+def test_information_is_the_plug_in_estimate_less_its_bias():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=400)
+    predicted = np.where(rng.random(400) < 0.5, labels, rng.integers(4, size=400))
+    bias = (16 - 4 - 4 + 1) / (2 * 400 * np.log(2))  # every pair of the four classes occurs
+    expected = entropies(predicted, labels) - bias
+    found = probes.mutual_information(torch.tensor(predicted), torch.tensor(labels), classes=4)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_all_labels_fitted_is_all_bits_and_a_constant_tells_nothing():
+    labels = torch.arange(10).repeat(100)
+    assert probes.mutual_information(labels, labels) == log2(10)
+    # a known mistake tells as much
+    assert probes.mutual_information(9 - labels, labels) == log2(10)
+    assert probes.mutual_information(torch.zeros_like(labels), labels) == 0
+
+
 def test_each_set_is_evaluated_in_each_mode(model, noise):
     batches = {"train": Batches(noise(), 20), "test": Batches(noise(seed=1), 20)}
     modes = {
-        "sign": EvaluationMode("deterministic"),
-        "real": EvaluationMode("real"),
-        "sample": EvaluationMode("stochastic"),
-        "mean10": EvaluationMode("stochastic", samples=10),
-        "batch": EvaluationMode("stochastic", statistics="batch"),
+        "sign": EvaluationMode("deterministic", seed=5),
+        "real": EvaluationMode("real", seed=5),
+        "sample": EvaluationMode("stochastic", seed=5),
+        "mean10": EvaluationMode("stochastic", samples=10, seed=5),
+        "batch": EvaluationMode("stochastic", statistics="batch", seed=5),
     }
-    assert probes.mode_errors(model, batches) == {
-        f"{split}_error_{name}": evaluate(model, batches[split], mode).error
+    found = probes.mode_errors(model, batches, seed=5)
+    assert found == {
+        f"{split}_error_{name}": evaluate(
+            model, batches[split], mode.afresh(f"{split} {name}")
+        ).error
         for split in batches
         for name, mode in modes.items()
     }
@@ -171,6 +204,7 @@ COLUMNS = {
     "parts": ["train_error_clean", "train_error_corrupted"],
     "critical": ["critical_sample_ratio"],
     "modes": [],  # after the last epoch, see `mode_errors`
+    "bits": ["memorized_bits"],
 }
 
 

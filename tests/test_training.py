@@ -127,7 +127,7 @@ def sampled(tiny, noise):
 def test_evaluation_leaves_mode_weights_averages_and_generator(
     sampled, weights, statistics, training
 ):
-    (model, batches), mode = sampled, EvaluationMode(weights, statistics, samples=2)
+    (model, batches), mode = sampled, EvaluationMode(weights, statistics, 2, classes="apart")
     model.train(training)
     before, random = copy.deepcopy(model.state_dict()), model.conv1.generator.get_state()
     first = evaluate(model, batches, mode)
@@ -163,6 +163,39 @@ def test_with_statistics_of_the_batch_the_batches_are_nearly_equal(
     with torch.no_grad():  # in training it normalizes with the batch too
         predicted = torch.cat([trained.train()(x).argmax(1) for x in seen])
     assert torch.equal(found.mistakes, predicted != batches.labels)
+
+
+@pytest.mark.parametrize(("per_class", "sizes"), [(2, [2]), (20, [20]), (21, [11, 10])])
+def test_class_errors_apart_are_those_of_a_network_in_training_on_one_class(
+    tiny, noise, per_class, sizes
+):
+    data = noise(3 * per_class, classes=("a", "b", "c", "none"))
+    data.labels.copy_(torch.arange(3).repeat(per_class))
+    model, batches = binarynet(tiny, generator=seeded()), Batches(data, 20)
+    mixed, apart = (
+        evaluate(model, batches, EvaluationMode(statistics="batch", classes=classes))
+        for classes in ("mixed", "apart")
+    )
+    assert (apart.error, isnan(apart.class_errors[3])) == (mixed.error, True)
+    assert torch.equal(apart.predicted, mixed.predicted)
+    twin = copy.deepcopy(model).train()  # which normalizes with the batch
+    for label in range(3):
+        parts = torch.split(data.images[data.labels == label] / 127.5 - 1, sizes)
+        with torch.no_grad():
+            wrong = torch.cat([twin(x).argmax(1) != label for x in parts])
+        assert apart.class_errors[label] == pytest.approx(wrong.double().mean().item())
+
+
+def test_where_statistics_are_stored_it_matters_not_that_classes_are_apart(start):
+    state, batches = start()
+    train_epoch(Step(state, batches))
+    mixed, apart = (
+        evaluate(state.model, batches, EvaluationMode(classes=classes))
+        for classes in ("mixed", "apart")
+    )
+    assert apart.class_errors == mixed.class_errors
+    with pytest.raises(InvalidValue, match="unknown classes 'appart'; did you mean 'apart'"):
+        evaluate(state.model, batches, EvaluationMode(classes="appart"))
 
 
 # --------------------------------------------------------------------------------- training
@@ -209,20 +242,39 @@ def test_a_penalty_adds_its_value_to_the_loss_and_twice_the_parameter_to_the_gra
     assert torch.equal(state.model.conv1.weight.grad, plain.conv1.weight.grad)
 
 
-def test_a_small_network_memorizes_random_labels_and_learns_nothing_else(noise):
+@pytest.fixture
+def memorized(noise):
+    """60 images of noise, a small network that has memorized their labels, and its history."""
     architecture = Architecture((16, 32), pool_every=1, dense=(256, 256), image_size=16)
     model = binarynet(architecture, generator=seeded())
+    batches = Batches(noise(n=60, size=16), 30)
     history = fit(
         TrainingState(model, BinaryAdam(parameter_groups(model)), seeded()),
-        Batches(noise(n=60, size=16), 30),
+        batches,
         test=Batches(noise(n=500, size=16, seed=1), 500),
         rates=training.learning_rates("linear", 3e-3, 0.0, 60),
         evaluate_every=60,
         progress="none",
     )
+    return batches, model, history
+
+
+def test_a_small_network_memorizes_random_labels_and_learns_nothing_else(memorized):
+    _, _, history = memorized
     assert history.last("train_error") <= 0.02
     assert history.last("test_error") > 0.8
     assert history.last("train_loss") < history["train_loss"][0] / 3
+
+
+def test_class_errors_apart_say_nothing_about_what_a_network_has_memorized(memorized):
+    batches, model, _ = memorized
+    mixed, apart = (
+        evaluate(model, batches, EvaluationMode(statistics="batch", classes=classes))
+        for classes in ("mixed", "apart")
+    )
+    assert mixed.error == apart.error < 0.1
+    assert sum(mixed.class_errors) / 10 < 0.1
+    assert sum(apart.class_errors) / 10 > 0.7
 
 
 # ------------------------------------------------------------------------- watched numbers
@@ -359,6 +411,28 @@ def test_errors_are_computed_every_so_many_epochs_and_after_the_last(
     assert known == evaluated
     assert all(map(isnan, history["valid_error"] + history["test_error"]))
     assert not any(map(isnan, history["train_loss"] + history["train_mode_error"]))
+
+
+def test_each_evaluation_draws_stochastic_weights_of_its_own(start, monkeypatch):
+    state, batches = start()
+    seeds, plain = [], training.evaluate
+    spy = lambda model, b, mode, *more: seeds.append(mode.seed) or plain(model, b, mode, *more)  # noqa: E731
+    monkeypatch.setattr(training, "evaluate", spy)
+    mode = EvaluationMode("stochastic", seed=3)
+    predicted = []
+    fit(
+        state,
+        batches,
+        test=batches,
+        rates=[0.0] * 3,
+        mode=mode,
+        measure=lambda _, found: predicted.extend(e.predicted for e in found.values()) or {},
+        progress="none",
+    )
+    assert len(set(seeds)) == 6
+    assert seeds == [mode.afresh(f"{s} {e}").seed for e in (1, 2, 3) for s in ("train", "test")]
+    assert not torch.equal(predicted[0], predicted[1])  # of one set, in one epoch
+    assert torch.equal(predicted[5], plain(state.model, batches, mode.afresh("test 3")).predicted)
 
 
 def test_the_seed_decides_the_training_and_evaluation_does_not_influence_it(fitted):

@@ -14,12 +14,12 @@ PROJECT = Path(__file__).parents[1]
 LOOK = """
 import json
 from bnnlib.runs import ledger
-from bnnlib.studies import capacity, claims
+from bnnlib.studies import claims
 print(json.dumps({
     "root": str(ledger.RESULTS),
     "runs": list(ledger.results()["digest"]),
     "reliability": len(claims.reliability()),
-    "capacity": sorted(path.name for path in capacity.STORED.iterdir()),
+    "tables": sorted(path.name for path in (ledger.RESULTS / "tables").iterdir()),
 }))
 """
 
@@ -45,7 +45,7 @@ def test_an_installed_bnnlib_has_the_stored_runs(installed, tmp_path):
     assert found["root"] == str(installed / "bnnlib" / "stored")
     assert found["runs"] == list(results()["digest"])
     assert found["reliability"] > 0
-    assert found["capacity"] == ["grid.csv", "grid.json"]
+    assert found["tables"] == ["capacity.csv", "chaos.csv", "perceptron.csv", "recipes.csv"]
 
 
 def test_every_stored_file_but_a_picture_is_installed(installed):

@@ -8,20 +8,13 @@ import click
 
 import bnnlib
 from bnnlib.cli.looking import compare, evaluate, export, pack, plot, results, show
-from bnnlib.cli.running import (
-    capacity,
-    describe,
-    list_experiments,
-    names,
-    run_experiment,
-    svhn_subset,
-)
+from bnnlib.cli.running import describe, list_experiments, names, run_experiment, svhn_subset
 from bnnlib.cli.shell import Group
 from bnnlib.cli.sweeping import sweep
 
 COMMANDS = (
     *(list_experiments, names, describe, run_experiment, sweep, show, compare, results, plot),
-    *(evaluate, pack, export, capacity, svhn_subset),
+    *(evaluate, pack, export, svhn_subset),
 )
 
 

@@ -274,22 +274,6 @@ def _last_words(history: History, folder: Path) -> str:
     return f"{describe_row(history.rows[-1]) if len(history) else 'not trained'}\n{folder}"
 
 
-@click.command()
-@folder_option("--out", "Folder of the grid.", default="runs/capacity")
-@DEVICE
-def capacity(out, device) -> None:
-    """Count the bits that small networks memorize.
-
-    A grid that was stopped goes on.
-    """
-    from bnnlib.experiments.build import resolve_device
-    from bnnlib.studies.capacity import TABLE, make_grid, measure_grid
-
-    resolve_device(device)  # a mistake is told before the folder is made
-    rows = measure_grid(make_grid(), out, device)
-    click.echo(f"{len(rows)} runs\n{out / TABLE}")
-
-
 @click.command("svhn-subset")
 @DATA
 @DOWNLOAD

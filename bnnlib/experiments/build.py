@@ -1,11 +1,9 @@
 """From an experiment to its data and its model; every random act has a seed of its own."""
 
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,15 +12,9 @@ from bnnlib.data.images import ImageSet, load
 from bnnlib.errors import InvalidValue, shown
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.kernels.precision import set_precision
-from bnnlib.layers import seed_layers
+from bnnlib.layers import derive_seed, seed_layers
 from bnnlib.models import USUAL_SETTINGS, Inputs, build_network, usual_inputs
 from bnnlib.names import DRAWN, check_device
-
-
-def derive_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose, so that no two random acts of a run share their numbers."""
-    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode())])
-    return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -89,7 +81,11 @@ def _corrupted(e: Experiment, split: str, data: ImageSet) -> ImageSet:
         data = random_pixels(data, seed=seed(f"random pixels {split}"))
     if e.gaussian_variance and split in e.gaussian_splits:
         data = gaussian_inputs(
-            data, e.gaussian_variance, seed=seed(f"Gaussian {split}"), matched=e.gaussian_matched
+            data,
+            e.gaussian_variance,
+            seed=seed(f"Gaussian {split}"),
+            matched=e.gaussian_matched,
+            shape=e.gaussian_shape,
         )
     if e.random_labels and split in e.random_label_splits:
         data = random_labels(data, e.random_labels, seed=seed(f"labels {split}"))

@@ -17,8 +17,10 @@ from bnnlib.names import (
     DATASETS,
     DRAWN,
     DROPOUT_POSITIONS,
+    EVALUATION_CLASSES,
     LOSSES,
     NETWORKS,
+    NOISE_SHAPES,
     OPTIMIZERS,
     PENALTY_TARGETS,
     PIXEL_ORDERS,
@@ -93,6 +95,9 @@ class Experiment:
     weights: Annotated[str, QUANTIZERS, "what is made of W, such as sign(W)"] = "deterministic"
     evaluation_weights: Annotated[str, WEIGHT_MODES, "the same in evaluation"] = "deterministic"
     evaluation_statistics: Annotated[str, STATISTICS, "of normalization in evaluation"] = "running"
+    evaluation_classes: Annotated[
+        str, EVALUATION_CLASSES, "apart: class errors from batches of one class"
+    ] = "mixed"
     evaluation_samples: Annotated[int, Range(1, 10**4), "passes whose scores are averaged"] = 1
     dropout: Annotated[
         tuple[float, ...], Range(0, 1, below=True), "drop rates of dense layers"
@@ -106,6 +111,7 @@ class Experiment:
     gaussian_variance: Annotated[float, FACTORS, "of noise in place of images; 0: images"] = 0.0
     gaussian_splits: Annotated[tuple[str, ...], SPLITS, "where noise replaces them"] = ("train",)
     gaussian_matched: Annotated[bool, "true: with the images' own mean and variance"] = False
+    gaussian_shape: Annotated[str, NOISE_SHAPES, "images: with the images' covariance"] = "white"
     pixels: Annotated[str, PIXEL_ORDERS, "shuffled: all alike; random: each its own way"] = "kept"
 
     n_train: Annotated[int | None, Range(1, 10**8), "first training images; none: all"] = None
@@ -256,6 +262,7 @@ def _check_texts(e: Experiment) -> None:
 # A field that differs from its default has no effect unless the other one says something.
 NEEDS = {
     "gaussian_matched": "gaussian_variance",
+    "gaussian_shape": "gaussian_variance",
     "gaussian_variance": "gaussian_splits",
     "random_labels": "random_label_splits",
     "l2_target": "l2",
@@ -283,6 +290,16 @@ def _contradictions(e: Experiment) -> Iterator[str]:
         yield (
             f"evaluation_samples={e.evaluation_samples} needs "
             f"evaluation_weights='stochastic', got {e.evaluation_weights!r}"
+        )
+    if e.gaussian_shape == "images" and not e.gaussian_matched:
+        yield (
+            "gaussian_shape='images' takes mean and covariance from the images, so "
+            "gaussian_matched can only be True, got False"
+        )
+    if e.evaluation_classes == "apart" and e.evaluation_statistics != "batch":
+        yield (
+            "evaluation_classes='apart' needs evaluation_statistics='batch', "
+            f"got {e.evaluation_statistics!r}"
         )
     if e.schedule == "exponential" and e.lr_final == 0:
         yield (

@@ -63,6 +63,7 @@ _NINE = (
         **_STOCHASTIC,
         evaluation_weights="stochastic",
         evaluation_statistics="batch",
+        evaluation_classes="apart",
         epochs=1500,
         random_label_splits=("train", "valid"),
     ),

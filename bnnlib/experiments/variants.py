@@ -64,6 +64,15 @@ def _penalties() -> Iterator[Experiment]:
         )
     gamma = "L2 of 5e-4 on the scales of the dense layers' normalizations"
     yield _variant("svhn-l2", "svhn-l2-gamma", gamma, l2_target="gamma")
+    yield _variant(
+        "svhn-l2",
+        "svhn-l2-weights-5e-4-true-labels",
+        "Control of svhn-l2-weights-5e-4: true labels",
+        **TRUE_LABELS,
+        n_valid=0,
+        l2=5e-4,
+        l2_target="weights",
+    )
 
 
 def _two_by_two(data: str) -> Iterator[Experiment]:
@@ -82,6 +91,7 @@ def _two_by_two(data: str) -> Iterator[Experiment]:
             weights=weights,
             evaluation_weights="deterministic",
             evaluation_statistics="running",
+            evaluation_classes="mixed",
             random_label_splits=("train", "valid"),
         )
 
@@ -112,6 +122,7 @@ CAPACITY = Experiment(
     n_valid=0,
     n_test=500,
     evaluate_every=1_000_000,  # after the last epoch only
+    probes=("bits",),
 )
 
 _EACH = (_controls, _noise_levels, _dropouts, _two_by_two)

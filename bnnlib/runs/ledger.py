@@ -4,6 +4,7 @@ It needs no PyTorch. `ledger.parquet` keeps the rows for the next time; it is on
 file of a run has another size or time than it says, and where it is missing, the run is read.
 """
 
+import csv
 import io
 import os
 import warnings
@@ -22,11 +23,12 @@ from bnnlib.errors import (
     InvalidValue,
     NotInstalled,
     check_name,
+    nearest,
     shown,
 )
 from bnnlib.experiments.experiment import FIELDS
 from bnnlib.experiments.profiles import PROFILES
-from bnnlib.files import as_folder, atomic_write, reading
+from bnnlib.files import as_folder, atomic_write, check_columns, read_text, reading
 from bnnlib.history import History, epochs_to_reach, parse_epochs
 from bnnlib.runs.record import (
     HISTORY,
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from bnnlib.runs.result import Run
 
 LEDGER = "ledger.parquet"
-FORMAT = b"1"  # of it; raised when a column comes to mean something else
+FORMAT = b"2"  # of it; raised when a column comes to mean something else
 AHEAD = 16  # runs that are read at the same time
 NAMED = 3  # runs in a warning
 
@@ -64,6 +66,7 @@ _OUTCOME = {
     "images": int,  # in the training set
     **dict.fromkeys(("train_error", "test_error", "best_train_error", "best_test_error"), float),
     **dict.fromkeys(("epochs_to_50", "epochs_to_10", "epochs_to_1"), int | None),
+    "memorized_bits": float,
     "epochs_done": int,
     "seconds": float,
     "device": str,
@@ -81,6 +84,7 @@ def results(folder: str | Path = RESULTS, *, unfinished: bool = False) -> "pd.Da
     profile, seed, and those in which the rows differ. `train_error` and `test_error` are those of
     the last evaluated epoch, shares between 0 and 1, NaN where there is none; `epochs_to_10` is
     the first evaluated epoch with a training error of at most 10 %, missing where there is none;
+    `memorized_bits` is the last that the probe "bits" counted, NaN without it;
     `digest` is the experiment's. A run that cannot be read is left out, and a BnnlibWarning names
     it. Raises DataNotFound where there is no such folder.
     """
@@ -153,6 +157,40 @@ def stored_runs(
     for column, value in (("experiment", name), ("profile", profile)):
         table = table if value is None else table[table[column] == value]
     return load_runs(table)
+
+
+def stored_table(name: str, folder: str | Path = RESULTS / "tables") -> "pd.DataFrame":
+    """The table NAME.csv, which `bnnlib results --csv` wrote of runs that are not kept themselves.
+
+    Its columns are of the types that `results` gives them, and others of those that they seem to
+    have. Raises DataNotFound where there is no such table, DamagedFile where it cannot be read.
+    """
+    folder = as_folder("folder", folder)
+    files = {path.stem: path for path in sorted(folder.glob("*.csv"))}
+    if name not in files:
+        raise DataNotFound(
+            f"no table {shown(name)} in {folder.absolute()}; {nearest(name, files)}"
+            f"(there are: {', '.join(files) or 'none'})"
+        )
+    text = read_text(files[name])
+    try:
+        table = _parse_table(text)
+    except (csv.Error, ValueError) as error:
+        raise DamagedFile(f"{files[name]} is no table of runs: {shown(str(error))}") from error
+    return table.set_index("run") if "run" in table else table
+
+
+def _parse_table(text: str) -> "pd.DataFrame":
+    """Raises ValueError or csv.Error where a row, a name or a cell cannot be."""
+    import pandas as pd
+
+    head, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    check_columns(head)
+    if not rows or any(len(row) != len(head) for row in rows):
+        raise ValueError("it has no rows, or a row is longer or shorter than the header")
+    types = {name: _DTYPES.get(_KINDS[name], "str") for name in head if name in _KINDS}
+    empty = {name: [""] for name in head if types.get(name) != "str"}  # there it is a text
+    return pd.read_csv(io.StringIO(text), dtype=types, keep_default_na=False, na_values=empty)
 
 
 def _folders(table: "pd.DataFrame") -> list[Path]:
@@ -240,6 +278,7 @@ def read_row(folder: Path) -> Row:
     e, record, text = read_texts(folder)
     finished = "seconds" in record
     columns = ("train_error", "test_error", *["seconds"] * (not finished))
+    columns += ("memorized_bits",) * ("bits" in e.probes)
     history = parse_epochs(text, folder / HISTORY, columns)
     uses = record.get("uses", {}).items()
     return {
@@ -247,6 +286,7 @@ def read_row(folder: Path) -> Row:
         **{name: as_cell(getattr(e, name)) for name in ("seed", *_SETTINGS)},
         "images": record["images"]["train"],
         **_errors(history),
+        "memorized_bits": (history.get("memorized_bits") or [nan])[-1],
         "epochs_done": history["epoch"][-1] if history["epoch"] else 0,
         "seconds": float(record["seconds"] if finished else sum(history["seconds"])),
         "device": record["device"],

@@ -92,22 +92,7 @@ def parameter_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------- reading a result
-
-
-def distance_from_a_guess(finished: Run) -> float:
-    """How far the last test error is from a blind guess's, in standard deviations of the guess.
-
-    A guess among ten classes is wrong nine times in ten, with the binomial's spread.
-    """
-    chance = finished.history.chance
-    spread = (chance * (1 - chance) / finished.record["images"]["test"]) ** 0.5
-    return abs(finished.history.last("test_error") - chance) / spread
-
-
-def is_guessing(finished: Run) -> bool:
-    """Whether the last test error is within four standard deviations of a blind guess's."""
-    return distance_from_a_guess(finished) < 4
+# ----------------------------------------------------------------------------- two runs beside
 
 
 def differences(one: Run, other: Run) -> list[str]:

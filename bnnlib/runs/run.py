@@ -18,7 +18,6 @@ from bnnlib.data.images import ImageSet
 from bnnlib.errors import Interrupted, InvalidValue, check_fills_batch, shown
 from bnnlib.experiments.build import (
     build_model,
-    derive_seed,
     inputs_of,
     prepare_data,
     resolve_device,
@@ -28,7 +27,7 @@ from bnnlib.experiments.scored import as_scored
 from bnnlib.files import as_folder, locked
 from bnnlib.history import History
 from bnnlib.kernels.precision import resolve_precision
-from bnnlib.layers import check_can_share
+from bnnlib.layers import check_can_share, derive_seed
 from bnnlib.losses import l2_penalty
 from bnnlib.models import penalized_parameters
 from bnnlib.names import LOSSES
@@ -283,6 +282,7 @@ def _train(
             e.evaluation_statistics,
             e.evaluation_samples,
             derive_seed(e.seed, "evaluation"),
+            e.evaluation_classes,
         ),
         penalty=(lambda: e.l2 * l2_penalty(trial.penalized)) if e.l2 else None,
         measure=_recorder(e, trial.sets["train"]),
@@ -293,7 +293,8 @@ def _train(
         ranks=trial.ranks,
     )
     if "modes" in e.probes and len(history):
-        history.rows[-1] |= mode_errors(state.model, trial.batches, after_batch)
+        seed = derive_seed(e.seed, "evaluation")
+        history.rows[-1] |= mode_errors(state.model, trial.batches, after_batch, seed)
     record = trial.record | {"parameter_sha256": parameter_hash(state.model)}
     labels = {split: data.labels for split, data in trial.sets.items()}
     return Run(e, history, record, state.model, labels, folder)

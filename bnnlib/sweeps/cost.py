@@ -12,8 +12,9 @@ import torch
 from bnnlib.batches import Batches
 from bnnlib.data.images import ImageSet, load
 from bnnlib.errors import BnnlibError
-from bnnlib.experiments.build import build_model, derive_seed
+from bnnlib.experiments.build import build_model
 from bnnlib.experiments.experiment import Experiment
+from bnnlib.layers import derive_seed
 from bnnlib.losses import l2_penalty
 from bnnlib.models import penalized_parameters, usual_inputs
 from bnnlib.names import LOSSES, NETWORKS

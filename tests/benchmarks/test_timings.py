@@ -125,6 +125,10 @@ def test_the_least_share_of_a_core_says_what_the_times_are_worth(share, text):
     assert re.search(text, timings.how_quiet({"a": Pace(1.0, 0.99), "b": Pace(2.0, share)}))
 
 
+def test_the_time_on_a_core_leaves_out_that_of_other_processes():
+    assert Pace(2.0, 0.25).on_core == 0.5
+
+
 def test_all_of_several_measurements_must_be_quiet():
     quiet, busy = {"a": Pace(1.0, 0.95)}, {"b": Pace(1.0, 0.5)}
     assert timings.is_quiet(quiet)

@@ -10,16 +10,11 @@ import torch
 from bnnlib.corruption import random_labels
 from bnnlib.data.images import ImageSet, scale_pixels
 from bnnlib.errors import InvalidValue
-from bnnlib.experiments.build import (
-    build_model,
-    derive_seed,
-    inputs_of,
-    prepare_data,
-    resolve_device,
-)
+from bnnlib.experiments.build import build_model, inputs_of, prepare_data, resolve_device
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
 from bnnlib.experiments.variants import named
+from bnnlib.layers import derive_seed
 from bnnlib.models import binarynet
 from bnnlib.names import DATASETS
 from bnnlib.runs.result import parameter_hash
@@ -60,13 +55,6 @@ def test_the_network_is_the_one_that_the_fields_describe():
     how |= {"dropout": (0.25,), "dropout_position": "after_activation"}
     expected = binarynet("small", generator=torch.Generator(), **how)
     assert str(build_model(replace(BASE, **how))) == str(expected)
-
-
-def test_derived_seeds_differ_by_seed_and_purpose_and_fit_a_generator():
-    made = [derive_seed(seed, purpose) for seed in range(5) for purpose in ("a", "b", "train")]
-    assert len(set(made)) == 15
-    assert all(0 <= seed < 2**63 for seed in made)
-    assert derive_seed(0, "a") == 1202876661367888254  # as in every run that was stored
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:", "cpu:0 ", None])

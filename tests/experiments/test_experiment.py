@@ -100,6 +100,7 @@ def test_a_text_that_could_do_harm_is_refused(field, value, text):
         ({"evaluation_rows": 7}, "evaluation_rows=7 has no effect with evaluates=''; change one"),
         ({"run_folder": "x"}, "run_folder='x' has no effect with evaluates=''; change one of them"),
         ({"schedule": "exponential"}, "schedule='exponential' cannot end at lr_final=0.0"),
+        ({"evaluation_classes": "apart"}, "='apart' needs evaluation_statistics='batch', got 'ru"),
         ({"evaluation_samples": 2}, "=2 needs evaluation_weights='stochastic', got 'determ"),
         ({"dropout": (0.1,) * 4}, "dropout has 3 places before_norm"),
         ({"dropout": (0.1,) * 3, "dropout_position": "after_activation"}, "has 2 places after_act"),
@@ -115,6 +116,7 @@ def test_fields_that_contradict_each_other_are_refused(changes, text):
     [
         {"binary": False, "probes": ("parts", "critical")},
         {"evaluation_samples": 2, "evaluation_weights": "stochastic"},
+        {"evaluation_classes": "apart", "evaluation_statistics": "batch"},
         {"dropout": (0.1,) * 3, "l2": 1.0},  # which reaches nothing, as in the original
         {"dropout": (0.1,) * 2, "dropout_position": "after_activation"},
         {"evaluates": "svhn-l2", "evaluation_rows": 7, "run_folder": "x", "n_train": 7},

@@ -15,6 +15,7 @@ STOCHASTIC = {"activation": "binary_sigmoid", "weights": "stochastic"}
 SVHN_STOCHASTIC = STOCHASTIC | {
     "evaluation_weights": "stochastic",
     "evaluation_statistics": "batch",
+    "evaluation_classes": "apart",
     "random_label_splits": ("train", "valid"),
 }
 NOISE = {"random_labels": 0.0, "random_label_splits": (), "gaussian_variance": 0.1}
@@ -24,11 +25,13 @@ COMMON = {
     "batch_size": 50, "lr_start": 1e-3, "schedule": "exponential", "loss": "squared_hinge",
     "optimizer": "binary_adam", "width": 1.0, "binary": True,
     "activation": "binary_tanh", "weights": "deterministic", "evaluation_weights": "deterministic",
-    "evaluation_statistics": "running", "evaluation_samples": 1, "dropout": (),
+    "evaluation_statistics": "running", "evaluation_classes": "mixed", "evaluation_samples": 1,
+    "dropout": (),
     "dropout_position": "before_norm", "l2": 0.0, "l2_target": "nothing", "random_labels": 1.0,
     "random_label_splits": ("train", "valid", "test"), "gaussian_variance": 0.0,
-    "gaussian_splits": ("train",), "gaussian_matched": False, "pixels": "kept", "n_train": None,
-    "n_valid": None, "n_test": None, "evaluate_every": 1, "probes": (), "seed": 0,
+    "gaussian_splits": ("train",), "gaussian_matched": False, "gaussian_shape": "white",
+    "pixels": "kept", "n_train": None, "n_valid": None, "n_test": None,
+    "evaluate_every": 1, "probes": (), "seed": 0,
     "corruption_seed": 0, "data_seed": 0, "evaluates": "", "evaluation_rows": None,
     "run_folder": "",
 }

@@ -13,7 +13,7 @@ from bnnlib.experiments.variants import EXPERIMENTS, VARIANTS, named
 # all stored runs of it another experiment.
 DIGESTS = """
 svhn-random-labels:8b7ab705 svhn-evaluation:c72e982d svhn-dropout:6d8afe7c svhn-l2:c729bd72
-svhn-stochastic:0053afc8 cifar10-random-labels:2ccab7dc cifar10-dropout:82213b8c
+svhn-stochastic:04c49a1a cifar10-random-labels:2ccab7dc cifar10-dropout:82213b8c
 cifar10-stochastic:7782810e cifar10-gaussian-inputs:4dea2e9e
 svhn-true-labels:0fc5a61b svhn-float:d4006aef svhn-float-true-labels:9c55df50
 cifar10-true-labels:650ff72b cifar10-float:66d030a1 cifar10-float-true-labels:4bd9cfc2
@@ -26,8 +26,9 @@ svhn-tanh-stochastic:24f8edaf svhn-tanh-deterministic:8bac7c66
 cifar10-sigmoid-deterministic:5416520a cifar10-tanh-stochastic:019d682c
 cifar10-tanh-deterministic:18624954 svhn-l2-weights-5e-4:fd6e628e svhn-l2-weights-5e-5:c51113f5
 svhn-l2-weights-5e-6:4294c2b3 svhn-l2-weights-5e-7:33e42da2 svhn-l2-gamma:635f5d2f
+svhn-l2-weights-5e-4-true-labels:3e38fc4f
 cifar10-gaussian-matched:1c11aec7 cifar10-gaussian-random-labels:9453e2fc
-cifar10-shuffled-pixels:1c40b563 cifar10-random-pixels:f8aeda77 capacity:5ce29e82
+cifar10-shuffled-pixels:1c40b563 cifar10-random-pixels:f8aeda77 capacity:18d05401
 """
 DIGESTS = dict(entry.split(":") for entry in DIGESTS.split())
 

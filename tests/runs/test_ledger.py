@@ -29,6 +29,7 @@ from bnnlib.runs.ledger import (
     load_runs,
     results,
     stored_runs,
+    stored_table,
     write_ledger,
 )
 from bnnlib.runs.record import HISTORY, RECORD, RESULTS, profile_of, read_run
@@ -392,3 +393,66 @@ def test_the_command_writes_new_files_and_a_ledger(folder, tmp_path):
     assert call(tmp_path / "no").exit_code == 1
     (tmp_path / "empty").mkdir()
     assert call(tmp_path / "empty").stdout == f"no finished run in {tmp_path / 'empty'}\n"
+
+
+# ------------------------------------------------------------------------------- stored tables
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """A folder for tables, and what writes one of them."""
+
+    def write(content, name="t"):
+        path = tmp_path / "tables" / f"{name}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path.parent
+
+    return write
+
+
+def test_a_table_that_was_written_as_csv_is_read_as_it_was(folder, tables):
+    table = results(folder)
+    assert_frame_equal(stored_table("t", tables(table.to_csv())), table)
+    written = table.assign(bits=[1.5, nan], rule=["SBPI", ""], won=[True, False])
+    read = stored_table("t", tables(written.to_csv()))
+    assert_frame_equal(read[list(table.columns)], table)
+    assert read["bits"].tolist()[0] == 1.5
+    assert read["bits"].isna().tolist() == [False, True]
+    assert read["won"].tolist() == [True, False]
+
+
+def test_a_table_may_have_other_columns_than_runs(tables):
+    table = stored_table("t", tables("seed,rule,bits\n0,SBPI,0.7\n1,Hebb,0.3\n"))
+    assert table.query("rule == 'SBPI'").to_dict("records") == [
+        {"seed": 0, "rule": "SBPI", "bits": 0.7}
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "seed,bits\n",
+        "seed,bits\n1\n",
+        "seed,bits\n1,2,3\n",
+        "seed,seed\n1,2\n",
+        'seed,bits\n"1,2\n',
+        "seed,bits\none,2\n",
+        "seed,bits\n1.5,2\n",
+        "seed,\x1b[31m\n1,2\n",
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_table_is_refused(content, tables):
+    with pytest.raises(DamagedFile, match=r"t\.csv"):
+        stored_table("t", tables(content))
+
+
+@pytest.mark.parametrize("name", ["chaso", "../t", "", "/etc/passwd", None])
+def test_a_table_that_is_not_there_is_named_with_those_that_are(name, tables, tmp_path):
+    folder = tables("seed\n1\n", "chaos")
+    with pytest.raises(DataNotFound, match=r"no table .*\(there are: chaos\)"):
+        stored_table(name, folder)
+    with pytest.raises(DataNotFound, match=r"\(there are: none\)"):
+        stored_table(name, tmp_path / "nowhere")

@@ -12,14 +12,14 @@ import torch
 
 from bnnlib.batches import Batches
 from bnnlib.errors import DataNotFound, InvalidValue
-from bnnlib.experiments.build import build_model, derive_seed, prepare_data
+from bnnlib.experiments.build import build_model, prepare_data
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import PROFILES, at_profile, quick, reduced, smoke
 from bnnlib.experiments.scored import as_scored
 from bnnlib.experiments.variants import named
 from bnnlib.history import History
-from bnnlib.layers import binary_layers
+from bnnlib.layers import binary_layers, derive_seed
 from bnnlib.losses import error_rate
 from bnnlib.models import penalized_parameters
 from bnnlib.probes import EVALUATION_MODES, PROBES
@@ -95,17 +95,19 @@ def test_probes_and_ways_to_evaluate_do_not_influence_the_training(tmp_path):
     layers = [f"{probe}_{layer}" for probe in ("flips", "saturation") for layer in LAYERS]
     modes = [f"{split}_error_{mode}" for split in ("train", "test") for mode in EVALUATION_MODES]
     parts = ["train_error_clean", "train_error_corrupted"]
-    assert extra == {*layers, *modes, *parts, "critical_sample_ratio"}
+    assert extra == {*layers, *modes, *parts, "critical_sample_ratio", "memorized_bits"}
 
 
 def test_errors_are_those_of_the_evaluation_asked_for():
     e = replace(smoke(named("svhn-stochastic")), n_train=500, evaluation_samples=2)
     finished = quietly(e)
     batches = Batches(prepare_data(e)["train"], e.batch_size)
-    mode = EvaluationMode("stochastic", "batch", 2, derive_seed(e.seed, "evaluation"))
-    found = finished.history.last("train_error")
-    assert found == evaluate(finished.model, batches, mode).error
-    assert found != evaluate(finished.model, batches, EvaluationMode("deterministic")).error
+    mode = EvaluationMode("stochastic", "batch", 2, derive_seed(e.seed, "evaluation"), "apart")
+    found = evaluate(finished.model, batches, mode.afresh(f"train {e.epochs}"))
+    assert finished.history.last("train_error") == found.error
+    classes = [finished.history.last(f"train_error_class_{i}") for i in range(10)]
+    assert classes == pytest.approx(found.class_errors, nan_ok=True)
+    assert found.error != evaluate(finished.model, batches, EvaluationMode("deterministic")).error
 
 
 def test_no_epochs_give_the_initial_weights(tmp_path):

@@ -12,7 +12,6 @@ from bnnlib.experiments.build import prepare_data
 from bnnlib.experiments.variants import named
 from bnnlib.runs.ledger import stored_runs
 from bnnlib.runs.record import profile_of
-from bnnlib.runs.result import is_guessing
 
 STORED = stored_runs(profile=None)
 
@@ -81,12 +80,11 @@ def learned_nothing_true(kept):
 
 @each([kept for kept in STORED if has_random_test_labels(kept)])
 def test_random_test_labels_are_guessed(kept):
-    assert is_guessing(kept)  # 90 % within four standard deviations
+    n = kept.record["images"]["test"]
+    assert abs(kept.history.last("test_error") - 0.9) < 4 * (0.9 * 0.1 / n) ** 0.5  # of a binomial
 
 
-# A network that names one class for every image is wrong on 90 % of CIFAR-10's test images, but
-# on 80.4 to 93.9 % of SVHN's, whose digits are not equally frequent.
-BANDS = {"cifar10": (0.87, 0.93), "svhn": (0.804, 0.939)}
+BANDS = {"cifar10": (0.87, 0.93), "svhn": (0.84, 0.96)}  # as those of the claims
 GROUPS = defaultdict(list)
 for kept in filter(learned_nothing_true, STORED):
     GROUPS[kept.experiment.name].append(kept.history.last("test_error"))

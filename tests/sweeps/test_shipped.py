@@ -12,7 +12,6 @@ from dask.utils import parse_timedelta
 
 import bnnlib
 from bnnlib.runs.record import RESULTS
-from bnnlib.studies.capacity import make_grid
 from bnnlib.sweeps.clusters import job_script, read_slurm
 from bnnlib.sweeps.grid import read_grid
 
@@ -52,9 +51,19 @@ def test_book_has_the_digests_of_the_stored_runs(tmp_path):
     assert sorted(trained) == sorted(stored[stored["evaluates"] == ""]["digest"])
 
 
-def test_capacity_is_the_grid_of_the_study(tmp_path):
-    made = [e.digest() for e in experiments("capacity.toml", tmp_path)]
-    assert sorted(made) == sorted(e.digest() for e in make_grid())
+@pytest.mark.parametrize("name", ["recipes", "capacity", "chaos"])
+def test_a_stored_table_has_the_runs_of_its_grid_and_no_others(name, tmp_path):
+    made = [e.digest() for e in experiments(f"{name}.toml", tmp_path)]
+    assert sorted(made) == sorted(bnnlib.stored_table(name)["digest"])
+
+
+def test_recipes_are_chosen_on_seeds_that_the_capacity_is_not_measured_on(tmp_path):
+    seeds = [
+        {(e.seed, e.data_seed) for e in experiments(f"{name}.toml", tmp_path)}
+        for name in ("recipes", "capacity")
+    ]
+    assert not seeds[0] & seeds[1]
+    assert all(seed == data_seed for part in seeds for seed, data_seed in part)
 
 
 def test_noise_varies_the_share_of_random_labels_alone(tmp_path):
