@@ -213,16 +213,12 @@ def _cell(value: float, exact: bool) -> str:
     return repr(float(value)) if exact else f"{value:.9g}"
 
 
-def read_table(path: str | Path) -> list[Row]:
-    """The rows of a CSV file of numbers with a header; empty cells are NaN.
-
-    Raises DamagedFile where a row is longer or shorter than the header, or no row of numbers.
-    """
-    return parse_table(read_text(path), path)
-
-
 def parse_table(text: str, source: object) -> list[Row]:
-    """The rows that a CSV text describes; `source` names the text in errors."""
+    """The rows of a CSV text of numbers with a header; empty cells are NaN.
+
+    `source` names the text in errors. Raises DamagedFile where a row is longer or shorter than the
+    header, or no row of numbers.
+    """
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(lines, [])

@@ -32,12 +32,3 @@ def bits_per_weight(table: "pd.DataFrame") -> "pd.Series":
         sizes[network, width] = count_weights(model)
     weights = [sizes[key] for key in zip(table["network"], table["width"], strict=True)]
     return table["memorized_bits"] / weights
-
-
-def most_bits(table: "pd.DataFrame", by: list[str]) -> "pd.Series":
-    """The most bits a weight for each group of runs and each seed, over the numbers of images.
-
-    A network that is given too few labels holds all of them, and one that is given far too many
-    ends with fewer than at its best.
-    """
-    return bits_per_weight(table).groupby([table[name] for name in (*by, "seed")]).max()
