@@ -3,7 +3,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env book lab test lint format figure bench strip clean
+.PHONY: help env book lab test lint format figure bench evidence strip clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ figure: env ## draw the figure of the README from the stored runs
 
 bench: env ## time a training step beside other programs' and draw the results
 	$(VENV)/bin/python -m benchmarks.training
+
+evidence: env ## write results/ledger.csv and results/claims.json from the stored runs
+	$(VENV)/bin/python book/evidence.py
 
 strip: env ## remove the outputs from the notebooks of the book
 	$(VENV)/bin/python book/strip.py

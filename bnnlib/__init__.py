@@ -33,7 +33,7 @@ PUBLIC = {
     "experiments.experiment": "Experiment",
     "experiments.originals": "PUBLISHED published",
     "experiments.variants": "CAPACITY VARIANTS named",
-    "experiments.profiles": "PROFILES at_profile by_profile full quick reduced smoke",
+    "experiments.profiles": "PROFILES at_profile by_profile full large quick reduced smoke",
     "experiments.build": "build_model prepare_data",
     "runs.record": "profile_of",
     "runs.result": "Run differences",

@@ -8,6 +8,8 @@ from pathlib import Path
 from bnnlib.errors import DamagedFile, unknown_name
 from bnnlib.files import Row, parse_columns, parse_table, read_text, write_table
 
+TIMES = ("seconds", "cpu_seconds")  # what no two runs have alike
+
 
 @dataclass
 class History:
@@ -15,7 +17,8 @@ class History:
 
     Errors are shares between 0 and 1. `train_mode_error` is that of the training batches as
     they were fitted; the other errors are those of the model after the epoch, and NaN in
-    epochs without evaluation. `seconds` is the time of the epoch, evaluation included.
+    epochs without evaluation. `seconds` is the time of the epoch, evaluation included, and
+    `cpu_seconds` what all threads of the process took of their processors in it.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -97,7 +100,7 @@ def differing_columns(one: History, other: History) -> list[str]:
         return all(a == b or (isnan(a) and isnan(b)) for a, b in pairs)
 
     names = dict.fromkeys((*one.columns, *other.columns))
-    return [name for name in names if name != "seconds" and not same(name)]
+    return [name for name in names if name not in TIMES and not same(name)]
 
 
 def describe_row(row: Row) -> str:

@@ -180,6 +180,7 @@ class TrainingState:
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # of each, float32
     wrong: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # mistakes
     started: float = 0.0  # of the epoch, on the clock `time.perf_counter`
+    cpu_started: float = 0.0  # the same on `time.process_time`
     signs: dict[str, Tensor] = field(default_factory=dict)  # as it began, for the probe "flips"
     steps: int = 0  # in all epochs
 
@@ -253,7 +254,8 @@ class Step:
         """Begin an epoch, or go on with the one that is under way in the state."""
         state = self.state
         if state.epoch_start is None:
-            state.epoch_start, state.started = state.generator.get_state(), time.perf_counter()
+            state.epoch_start = state.generator.get_state()
+            state.started, state.cpu_started = time.perf_counter(), time.process_time()
         else:
             state.generator.set_state(state.epoch_start)
         order = self.batches.order(state.generator)
@@ -450,6 +452,7 @@ def fit(
                 row |= _error_columns(name, results.get(name), train.classes)
             row |= measure(state, results)
             row["seconds"] = time.perf_counter() - state.started
+            row["cpu_seconds"] = time.process_time() - state.cpu_started
             state.history.rows.append(row)
             state.epoch_start, state.done = None, 0
             after_epoch(state.history)

@@ -1,6 +1,7 @@
 """Build the book: execute the chapters, then render them to one site.
 
-In: `_toc.yml`, `_config.yml`, `book/`. Out: `_build/html/index.html`.
+In: `_toc.yml`, `_config.yml`, `book/`, `results/`. Out: the table of runs
+and the claims in `results/`, and `_build/html/index.html`.
 Execution and rendering are apart, so what is rendered is exactly what was
 executed, and a chapter whose inputs are unchanged is not executed again.
 """
@@ -21,6 +22,7 @@ import click
 from nbformat import NotebookNode
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+import evidence
 from bnnlib.errors import unknown_name
 from bnnlib.process import cores
 from bnnlib.runs.interrupts import signals_to
@@ -111,6 +113,8 @@ def stage(root: Path, profile: str) -> Path:
         today = read(root / f"{name}.ipynb")
         executed = read(_stored(root, profile, name))
         write(_page(today, executed), target / f"{name}.ipynb")
+    for path in map((root / "results").joinpath, evidence.FILES):
+        shutil.copy(path, target / "book")
     _copy_mathjax(target)
     return target
 
@@ -176,6 +180,7 @@ def main(
     try:
         with signals_to(signal.default_int_handler):  # SIGTERM too
             names = chapters(ROOT, only)
+            evidence.write(ROOT / "results")
             execute_chapters(ROOT, profile, names, force, jobs)
             if only:
                 return

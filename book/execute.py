@@ -29,7 +29,13 @@ from notebooks import (
 )
 
 # Seconds a single cell may take; beyond `quick` a cell may train for hours.
-CELL_TIMEOUT = {"smoke": 600, "quick": 3600, "reduced": None, "full": None}
+CELL_TIMEOUT = {
+    "smoke": 600,
+    "quick": 3600,
+    "reduced": None,
+    "large": None,
+    "full": None,
+}
 KERNEL_ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # each refresh of a bar would become a line
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",

@@ -24,6 +24,7 @@ from bnnlib.errors import BnnlibError, Interrupted, InvalidValue, RankLost
 from bnnlib.experiments.originals import published
 from bnnlib.experiments.profiles import smoke
 from bnnlib.files import locked
+from bnnlib.history import TIMES
 from bnnlib.layers import BatchNorm, BinaryLinear, Dropout, check_can_share, seed_layers, sharing
 from bnnlib.losses import hinge_loss, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet, penalized_parameters
@@ -123,7 +124,7 @@ def trained(case, ranks):
         progress="none",
         ranks=ranks,
     )
-    found = {k: history[k] for k in history.columns if k != "seconds"}
+    found = {k: history[k] for k in history.columns if k not in TIMES}
     found |= model.state_dict() | {"losses": torch.stack(losses).detach()}
     return {name: np.asarray(values) for name, values in found.items()}
 

@@ -11,7 +11,7 @@ from torch import nn
 from bnnlib import training
 from bnnlib.batches import Batches
 from bnnlib.errors import DamagedFile, InvalidValue, NotFinite
-from bnnlib.history import History, describe_row, epochs_to_reach, parse_epochs
+from bnnlib.history import TIMES, History, describe_row, epochs_to_reach, parse_epochs
 from bnnlib.layers import evaluating, seed_layers
 from bnnlib.losses import error_rate, l2_penalty, squared_hinge_loss
 from bnnlib.models import Architecture, binarynet
@@ -386,12 +386,13 @@ def test_a_row_for_each_epoch_with_the_stated_columns(fitted, noise):
         *("train_error", *("train" + c for c in classes)),
         "valid_error",
         *("test_error", *("test" + c for c in classes)),
-        "seconds",
+        *TIMES,
     ]
     assert history["epoch"] == [1, 2, 3]
     assert history["learning_rate"] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     assert history.last("valid_error") == history.last("test_error") == evaluate(model, valid).error
     assert min(history["seconds"]) > 0
+    assert min(history["cpu_seconds"]) > 0
 
 
 def test_the_rate_of_each_epoch_reaches_the_optimizer(start, fitted):

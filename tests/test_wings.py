@@ -44,7 +44,7 @@ FLOORS = {
         *("interrupts", "record", "result", "checkpoint", "folder"),
         *("ledger", "evaluation", "run"),
     ),
-    "studies": ("chaos", "perceptron", "capacity", "claims"),
+    "studies": ("chaos", "perceptron", "capacity", "claims", "reproduction"),
     "notebook": (),
     "sweeps": (
         *("tasks", "chapters", "grid", "books", "state", "worker"),

@@ -10,11 +10,11 @@ import bnnlib
 from bnnlib.cli.looking import compare, evaluate, export, pack, plot, results, show
 from bnnlib.cli.running import describe, list_experiments, names, run_experiment, svhn_subset
 from bnnlib.cli.shell import Group
-from bnnlib.cli.sweeping import sweep
+from bnnlib.cli.sweeping import reproduce, sweep
 
 COMMANDS = (
-    *(list_experiments, names, describe, run_experiment, sweep, show, compare, results, plot),
-    *(evaluate, pack, export, svhn_subset),
+    *(list_experiments, names, describe, run_experiment, sweep, show, compare, results, reproduce),
+    *(plot, evaluate, pack, export, svhn_subset),
 )
 
 

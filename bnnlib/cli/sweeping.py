@@ -1,6 +1,9 @@
-"""Many runs: planned, begun, looked at."""
+"""Many runs: planned, begun, looked at, and stored ones made again."""
 
+from dataclasses import replace
 from pathlib import Path
+from secrets import randbits
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,26 +16,36 @@ from bnnlib.cli.options import (
     completed,
     folder_option,
 )
-from bnnlib.errors import InvalidValue
+from bnnlib.errors import DataNotFound, InvalidValue
 from bnnlib.experiments.profiles import PROFILES
 from bnnlib.files import as_folder
-from bnnlib.runs.record import counted
+from bnnlib.runs.record import RESULTS, counted, read_record
 from bnnlib.sweeps.launch import launch, run_arguments, status_lines
-from bnnlib.sweeps.plan import planned_grid
+from bnnlib.sweeps.plan import plan, planned_grid
+from bnnlib.sweeps.state import Sweep
+from bnnlib.sweeps.tasks import RunTask, label, run_name
 from bnnlib.sweeps.where import Where, check_installed
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@click.command()
-@click.argument("grid", metavar="GRID.toml|status")
-@click.argument("folder", required=False, metavar="[DIR]")
-@click.option("--scheduler", metavar="ADDRESS", show_default="none", help="Of a Dask scheduler.")
-@click.option(
+WORKERS = click.option(
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
     show_default="one for each core or GPU",
     help="Processes on this machine.",
 )
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Show what would run and what it costs, no more."
+)
+
+
+@click.command()
+@click.argument("grid", metavar="GRID.toml|status")
+@click.argument("folder", required=False, metavar="[DIR]")
+@click.option("--scheduler", metavar="ADDRESS", show_default="none", help="Of a Dask scheduler.")
+@WORKERS
 @click.option(
     "--slurm",
     metavar="FILE",
@@ -53,7 +66,7 @@ from bnnlib.sweeps.where import Where, check_installed
     help=f"Length of all experiments: {', '.join(PROFILES)}.",
 )
 @folder_option("--out", "Folder of the runs, each in NAME/DIGEST.", default="runs")
-@click.option("--dry-run", is_flag=True, help="Show what would run and what it costs, no more.")
+@DRY_RUN
 @USE
 @DEVICE
 @DATA
@@ -79,12 +92,14 @@ def sweep(grid, folder, out, dry_run, profile, **options) -> None:
     check_installed()
     how = {k: options[k] for k in ("device", "precision", "checkpoint_every")}
     how = run_arguments(root=options["data"], **how)
-    done = launch(
-        planned, out.absolute(), grid, where, how, lambda text: click.echo(text, err=True)
-    )
+    done = launch(planned, out.absolute(), grid, where, how, _tell)
     click.echo(f"{counted(len(done.finished), 'run')} in {out}, {len(done.failed)} failed")
     if done.failed:
         click.get_current_context().exit(1)
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _dry(where: Where) -> None:
@@ -98,3 +113,88 @@ def _dry(where: Where) -> None:
 
 def _status(folder: Path) -> None:
     click.echo("\n".join(status_lines(folder)))
+
+
+# ------------------------------------------------------------------------- stored runs, again
+
+
+@click.command()
+@click.argument("name", required=False, metavar="[NAME]")
+@click.option(
+    "--lot",
+    type=click.IntRange(0, 2**32 - 1),
+    metavar="N",
+    show_default="another each time",
+    help="Seed of the lot.",
+)
+@folder_option("--stored", "Folder of the stored runs.", show_default="those of the book")
+@folder_option("--out", "Folder of the runs that are made again.", default="runs/again")
+@WORKERS
+@DRY_RUN
+@USE
+@DEVICE
+@DATA
+def reproduce(name, lot, stored, out, workers, dry_run, device, data) -> None:
+    """Make stored runs again, and compare.
+
+    One run of each experiment, drawn by lot; or of the experiment NAME alone; or the run NAME, as
+    `bnnlib results --csv` writes its path. On the same kind of processor, with the same versions
+    and number of threads, it must be equal, bit for bit; elsewhere its errors must lie where those
+    of another seed would. Where one is not reproduced, the exit status is 1.
+    """
+    check_installed()
+    from bnnlib.runs.ledger import results
+    from bnnlib.studies.reproduction import draw
+
+    lot = randbits(32) if lot is None else lot
+    table = results(stored or RESULTS)
+    drawn = draw(table, lot, name)
+    click.echo(f"lot {lot}: {counted(len(drawn), 'run')} of {table.attrs['folder']}")
+    failed = 0
+    for threads, rows in drawn.groupby("threads"):
+        where = Where(workers=workers, threads=int(threads), device=device)
+        planned = plan(_tasks_again(rows, table, out.absolute()), 0, where.threads, device, data)
+        click.echo("\n".join(planned.table(where)))
+        if not dry_run:
+            how = run_arguments(device, data, "auto", 300.0)
+            launch(planned, out.absolute(), "again", where, how, _tell)
+            failed += sum(not _tell_again(row, table, planned.sweep) for _, row in rows.iterrows())
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _tasks_again(rows: "pd.DataFrame", table: "pd.DataFrame", out: Path) -> list[RunTask]:
+    """A task for each stored run; before an evaluation that of the run which it scores."""
+    tasks: dict[str, RunTask] = {}
+    for run in rows.index:
+        task, source = _task_again(run, table, out), None
+        if task.experiment.evaluates:
+            scored = Path(task.experiment.run_folder).name
+            found = table.index[[digest.startswith(scored) for digest in table["digest"]]]
+            if not len(found):
+                raise DataNotFound(f"{run} scores a run that is not stored: {scored}")
+            source = _task_again(found[0], table, out)
+            task = replace(task, needs=source.name)
+        tasks |= {t.name: t for t in (source, task) if t}
+    return list(tasks.values())
+
+
+def _task_again(run: str, table: "pd.DataFrame", out: Path) -> RunTask:
+    e, _ = read_record(Path(table.attrs["folder"], run))
+    name = run_name(e)
+    return RunTask(e, out / name, name, label(e.name, {"seed": e.seed}))
+
+
+def _tell_again(row: "pd.Series", table: "pd.DataFrame", sweep: Sweep) -> bool:
+    """Say in a line how a stored run and the new one compare; whether it is reproduced."""
+    from bnnlib.studies.reproduction import Reproduction, compare
+
+    stored = Path(table.attrs["folder"], row.name)
+    task = sweep.tasks[run_name(read_record(stored)[0])]
+    alike = (table["experiment"] == row["experiment"]) & (table["profile"] == row["profile"])
+    if task.name in sweep.finished:
+        found = compare(stored, task.folder, table[alike])
+    else:
+        found = Reproduction(False, "not finished")
+    click.echo(f"{row.name}: {found.text}")
+    return found.reproduced

@@ -184,6 +184,7 @@ def _describe(state: TrainingState, digest: str) -> dict[str, Any]:
         "epochs": len(state.history),
         "steps": state.done,  # of the epoch under way
         "seconds": time.perf_counter() - state.started,
+        "cpu_seconds": time.process_time() - state.cpu_started,
         "updates": state.steps,
         "optimizer": _optimizer_state(state)[1],
         "columns": state.history.columns,
@@ -232,10 +233,13 @@ def _take_over(state: TrainingState, tensors: dict[str, Tensor], about: dict[str
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     _check_specs(state, tensors, about)
-    sampling, seconds, device = random_generator(state.model), about["seconds"], _device(state)
+    sampling, device = random_generator(state.model), _device(state)
+    seconds, cpu_seconds = about["seconds"], about.get("cpu_seconds", 0.0)  # an old one has none
     updates = about["updates"]
-    if type(updates) is not int or not (0 <= updates < 10**9 and 0 <= seconds < 1e10):
-        raise ValueError(f"it took {updates} steps in {seconds} seconds")
+    if type(updates) is not int or not 0 <= updates < 10**9:
+        raise ValueError(f"it took {updates} steps")
+    if not (0 <= seconds < 1e10 and 0 <= cpu_seconds < 1e10):
+        raise ValueError(f"it took {seconds} seconds, of processors {cpu_seconds}")
     state.model.load_state_dict(part("model."))
     _load_optimizer(state, part("optimizer."), about["optimizer"])
     if sampling is not None:
@@ -245,8 +249,9 @@ def _take_over(state: TrainingState, tensors: dict[str, Tensor], about: dict[str
     state.generator.set_state(tensors["generator.order"])
     state.epoch_start = tensors["generator.order"]
     state.history = _history(tensors.get("history"), about["columns"])
-    state.done, state.started = about["steps"], time.perf_counter() - seconds
-    state.steps = updates
+    state.done, state.steps = about["steps"], updates
+    state.started = time.perf_counter() - seconds
+    state.cpu_started = time.process_time() - cpu_seconds
     state.losses = tensors.get("epoch.losses", state.losses)
     state.wrong = tensors.get("epoch.wrong", state.wrong)
     state.signs = {k: v.to(device) for k, v in part("signs.").items()}

@@ -10,6 +10,7 @@ import os
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, replace
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bnnlib.errors import BnnlibWarning, DamagedFile, FolderInUse, InvalidValue,
 from bnnlib.experiments.build import build_model, network_settings
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.files import LOCK, atomic_write, read_text, write_json
+from bnnlib.history import TIMES
 from bnnlib.models import Inputs, build_network
 from bnnlib.names import NETWORKS
 from bnnlib.runs.record import (
@@ -111,7 +113,8 @@ def finish(folder: Path, result: Run) -> Run:
         atomic_write(folder / PARAMETERS, tensor_bytes(result.model.state_dict()))
     result.history.save(folder / HISTORY)
     record = result.record | {"history_sha256": table_hash(read_text(folder / HISTORY))}
-    record["seconds"] = round(sum(result.history["seconds"]), 3)
+    taken = {name: sum(row.get(name, nan) for row in result.history.rows) for name in TIMES}
+    record |= {name: round(time, 3) for name, time in taken.items() if not isnan(time)}
     _write_record(folder, result.experiment, record)
     with suppress(OSError):  # nobody writes here again; Windows keeps a file that is open
         (folder / LOCK).unlink()

@@ -29,7 +29,7 @@ from bnnlib.errors import (
 from bnnlib.experiments.experiment import FIELDS
 from bnnlib.experiments.profiles import PROFILES
 from bnnlib.files import as_folder, atomic_write, check_columns, read_text, reading
-from bnnlib.history import History, epochs_to_reach, parse_epochs
+from bnnlib.history import TIMES, History, epochs_to_reach, parse_epochs
 from bnnlib.runs.record import (
     HISTORY,
     RECORD,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from bnnlib.runs.result import Run
 
 LEDGER = "ledger.parquet"
-FORMAT = b"2"  # of it; raised when a column comes to mean something else
+FORMAT = b"3"  # of it; raised when a column comes to mean something else
 AHEAD = 16  # runs that are read at the same time
 NAMED = 3  # runs in a warning
 
@@ -69,6 +69,7 @@ _OUTCOME = {
     "memorized_bits": float,
     "epochs_done": int,
     "seconds": float,
+    "cpu_seconds": float,
     "device": str,
     "threads": int,
     **dict.fromkeys(("version", "started", "uses", "digest"), str),
@@ -277,7 +278,7 @@ def read_row(folder: Path) -> Row:
     """What a run's two files say of it, without its profile; raises what `read_run` raises."""
     e, record, text = read_texts(folder)
     finished = "seconds" in record
-    columns = ("train_error", "test_error", *["seconds"] * (not finished))
+    columns = ("train_error", "test_error", *(TIMES if not finished else ()))
     columns += ("memorized_bits",) * ("bits" in e.probes)
     history = parse_epochs(text, folder / HISTORY, columns)
     uses = record.get("uses", {}).items()
@@ -288,7 +289,7 @@ def read_row(folder: Path) -> Row:
         **_errors(history),
         "memorized_bits": (history.get("memorized_bits") or [nan])[-1],
         "epochs_done": history["epoch"][-1] if history["epoch"] else 0,
-        "seconds": float(record["seconds"] if finished else sum(history["seconds"])),
+        **{k: float(record.get(k, nan) if finished else sum(history[k])) for k in TIMES},
         "device": record["device"],
         "threads": record["threads"],
         "version": record["versions"].get("bnnlib", ""),

@@ -44,6 +44,7 @@ _LATER = {  # what comes after the beginning, or came with a later bnnlib
     "parameter_sha256": str,
     "history_sha256": str,
     "seconds": float,
+    "cpu_seconds": float,
     "inputs": {
         "in_channels": range(1, 4),
         "image_size": range(1, 10**5),

@@ -25,7 +25,7 @@ from bnnlib.experiments.build import (
 from bnnlib.experiments.experiment import Experiment
 from bnnlib.experiments.scored import as_scored
 from bnnlib.files import as_folder, locked
-from bnnlib.history import History
+from bnnlib.history import TIMES, History
 from bnnlib.kernels.precision import resolve_precision
 from bnnlib.layers import check_can_share, derive_seed
 from bnnlib.losses import l2_penalty
@@ -338,17 +338,18 @@ def _score(
     precision: str,
 ) -> Run:
     """The evaluation of a finished run as a run of its own, of one row."""
-    left_out = ("seconds", "history_sha256", "continued")
+    left_out = (*TIMES, "history_sha256", "continued")
     record = {k: v for k, v in source.record.items() if k not in left_out}
     record |= {"experiment_sha256": e.digest(), **environment(device, precision)}
     record["trained_on"] = trained_on(source.experiment, record["images"]["train"])
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     rows = "all" if e.evaluation_rows is None else f"at most {e.evaluation_rows:,}"
     _announce(e, record, f"{e.run_folder} is scored, {rows} rows,", folder, style)
     where = {"download": download, "device": device, "precision": precision}
     error = evaluate_run(source, e.evaluation_rows, root, **where)
     row = {"epoch": len(source.history), "train_error": error}
-    history = History([row | {"seconds": time.perf_counter() - start}])
+    taken = (time.perf_counter() - start, time.process_time() - cpu_start)
+    history = History([row | dict(zip(TIMES, taken, strict=True))])
     if folder is None:
         return Run(e, history, record)
     with locked(folder):

@@ -4,6 +4,7 @@ A claim becomes one row: what was measured, its interval over the seeds, the thr
 verdict, and what the runs cost.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 Metric = Callable[..., float]
 Point = str | Mapping[str, Any]
 SEEDS = 3  # below so many there is no verdict
+METHOD = (
+    "The estimate is the mean of the values, one for each of n seeds. The interval is that of the "
+    "mean, mean ± t(n - 1) s / sqrt(n) with the 97.5 % quantile of Student's t. A claim holds "
+    "where all of the interval is within the threshold, fails where all of it is outside, and is "
+    "open otherwise. Predicted: the threshold was named before anybody had seen such runs."
+)
 
 
 @dataclass(frozen=True)
@@ -356,7 +363,7 @@ def judge(claim: Claim, table: "pd.DataFrame", profile: str) -> dict[str, Any]:
     `table` is a ledger, as `results` gives it; a claim about a stored table, which has no
     profiles, takes that from the folder `tables` beside the runs. `values` are those of the seeds
     that all experiments have, `estimate` is their mean, `low` and `high` its 95 % interval, and
-    `core hours` count each run once. The verdict is that of `Claim.verdict`; where runs are missing
+    `CPU hours` count each run once. The verdict is that of `Claim.verdict`; where runs are missing
     it is "not run at PROFILE length" or, with one or two seeds, "fewer than 3 seeds".
     """
     if claim.table:
@@ -424,8 +431,49 @@ def _about(points: "Sequence[pd.DataFrame]") -> dict[str, Any]:
     if "device" in rows:
         about["device"] = "; ".join(sorted(set(rows["device"])))
     if "seconds" in rows:
-        about["core hours"] = float((rows["seconds"] * rows.get("threads", 1)).sum() / 3600)
+        about["CPU hours"] = float(cpu_hours(rows).sum())
     return about
+
+
+def cpu_hours(rows: "pd.DataFrame") -> "pd.Series":
+    """What each run took of the processors; where nobody measured that, its time times threads."""
+    seconds = rows["seconds"] * rows.get("threads", 1)
+    if "cpu_seconds" in rows:
+        seconds = rows["cpu_seconds"].fillna(seconds)
+    return seconds / 3600
+
+
+def claims_json(table: "pd.DataFrame", profile: str = "reduced") -> str:
+    """All claims of the book as `judge` judges them, for other programs; numbers have 6 digits.
+
+    A threshold that a claim does not have is null, and so is a number that could not be measured.
+    """
+    rows = []
+    for number, claim in enumerate((*CLAIMS, *TABLE_CLAIMS), start=1):
+        row = judge(claim, table, profile)
+        rows.append(
+            {
+                "number": number,
+                "claim": claim.text,
+                "experiments": list(map(_shown_point, claim.experiments)),
+                "source": f"tables/{claim.table}.csv" if claim.table else f"profile {profile}",
+                "data": row.get("data", ""),
+                "unit": claim.unit,
+                "n": row["seeds"],
+                "values": list(map(_number, row["values"])),
+                "estimate": _number(row["estimate"]),
+                "interval": [_number(row["low"]), _number(row["high"])],
+                "threshold": [_number(claim.low), _number(claim.high)],
+                "predicted": claim.predicted,
+                "verdict": row["verdict"],
+                "cpu_hours": _number(row.get("CPU hours", nan)),
+            }
+        )
+    return json.dumps({"method": METHOD, "claims": rows}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if isfinite(value) else None
 
 
 def reliability(path: str | Path = RESULTS / "reliability.json") -> list[dict[str, Any]]:

@@ -47,6 +47,8 @@ def root(tmp_path):
     write_text(tmp_path / "_toc.yml", toc)
     write_text(tmp_path / "book/intro.md", "# Intro\n\n$x^2$\n")
     (tmp_path / "book/references.bib").write_text("")
+    for name in build.evidence.FILES:
+        write_text(tmp_path / "results" / name)
     shutil.copy(PROJECT / "_config.yml", tmp_path)
     shutil.copytree(PROJECT / "book/_static", tmp_path / "book/_static")
     write(chapter(COUNT), tmp_path / ONE)
@@ -61,6 +63,7 @@ def execute_one(root):
 @pytest.fixture
 def run_main(root, monkeypatch):
     monkeypatch.setattr(build, "ROOT", root)
+    monkeypatch.setattr(build.evidence, "write", lambda folder: None)  # there are no runs
     return lambda *options: CliRunner().invoke(build.main, options)
 
 

@@ -87,7 +87,9 @@ def test_an_experiment_is_that_of_its_script(name):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_profile_changes_the_size_and_nothing_else(name, profile):
     size = {"dataset", "network", "epochs", "schedule", "lr_final", "width", "evaluate_every"}
-    size |= {"n_train", "n_valid", "n_test"} | ({"probes"} if profile == "reduced" else set())
+    size |= {"n_train", "n_valid", "n_test"} | (
+        {"probes"} if profile in ("reduced", "large") else set()
+    )
     original, changed = (
         asdict(e) for e in (EXPERIMENTS[name], at_profile(EXPERIMENTS[name], profile))
     )
@@ -107,7 +109,7 @@ def test_small_profiles_draw_a_look_alike_of_the_published_sets_alone():
 def test_a_choice_by_profile_is_that_of_the_next_shorter_one_that_has_one():
     choices = {"smoke": 100, "quick": 2000, "full": None}
     found = {profile: by_profile(profile, **choices) for profile in PROFILES}
-    assert found == {"smoke": 100, "quick": 2000, "reduced": 2000, "full": None}
+    assert found == {"smoke": 100, "quick": 2000, "reduced": 2000, "large": 2000, "full": None}
     with pytest.raises(InvalidValue, match="did you mean 'quick'"):
         by_profile("full", smoke=100, quik=2000)
     with pytest.raises(InvalidValue, match="did you mean 'smoke'"):

@@ -9,26 +9,26 @@ from bnnlib.experiments.originals import PUBLISHED
 from bnnlib.experiments.profiles import PROFILES, at_profile
 from bnnlib.experiments.variants import EXPERIMENTS, VARIANTS, named
 
-# The beginning of the SHA-256 of an experiment's digests at the four lengths. A change makes
+# The beginning of the SHA-256 of an experiment's digests at the five lengths. A change makes
 # all stored runs of it another experiment.
 DIGESTS = """
-svhn-random-labels:8b7ab705 svhn-evaluation:c72e982d svhn-dropout:6d8afe7c svhn-l2:c729bd72
-svhn-stochastic:04c49a1a cifar10-random-labels:2ccab7dc cifar10-dropout:82213b8c
-cifar10-stochastic:7782810e cifar10-gaussian-inputs:4dea2e9e
-svhn-true-labels:0fc5a61b svhn-float:d4006aef svhn-float-true-labels:9c55df50
-cifar10-true-labels:650ff72b cifar10-float:66d030a1 cifar10-float-true-labels:4bd9cfc2
-svhn-noise-25:2a34c6ff svhn-noise-50:508f29c5 svhn-noise-75:0516ede7 svhn-noise-100:c4dda861
-cifar10-noise-25:0e570816 cifar10-noise-50:a19b701c cifar10-noise-75:3bfa9d2c
-cifar10-noise-100:17dc7729 svhn-dropout-july-2017:072e5abe
-svhn-dropout-after-activation:5b051687 cifar10-dropout-july-2017:edafa173
-cifar10-dropout-after-activation:1ab82a81 svhn-sigmoid-deterministic:0e30942f
-svhn-tanh-stochastic:24f8edaf svhn-tanh-deterministic:8bac7c66
-cifar10-sigmoid-deterministic:5416520a cifar10-tanh-stochastic:019d682c
-cifar10-tanh-deterministic:18624954 svhn-l2-weights-5e-4:fd6e628e svhn-l2-weights-5e-5:c51113f5
-svhn-l2-weights-5e-6:4294c2b3 svhn-l2-weights-5e-7:33e42da2 svhn-l2-gamma:635f5d2f
-svhn-l2-weights-5e-4-true-labels:3e38fc4f
-cifar10-gaussian-matched:1c11aec7 cifar10-gaussian-random-labels:9453e2fc
-cifar10-shuffled-pixels:1c40b563 cifar10-random-pixels:f8aeda77 capacity:18d05401
+svhn-random-labels:b2cb07f6 svhn-evaluation:842d8c73 svhn-dropout:617ae4dc svhn-l2:c367a344
+svhn-stochastic:cea8cf01 cifar10-random-labels:27a64e49 cifar10-dropout:8895f6aa
+cifar10-stochastic:00fcc641 cifar10-gaussian-inputs:32050a3b
+svhn-true-labels:a1488643 svhn-float:686d077b svhn-float-true-labels:fb8d41aa
+cifar10-true-labels:58aff40e cifar10-float:2caaf2fb cifar10-float-true-labels:02ca7fa8
+svhn-noise-25:76d0b929 svhn-noise-50:82859388 svhn-noise-75:7d036b49 svhn-noise-100:b9aacc2e
+cifar10-noise-25:e54e3cd6 cifar10-noise-50:fc801574 cifar10-noise-75:37f5a730
+cifar10-noise-100:5f636c6b svhn-dropout-july-2017:94f16d4a
+svhn-dropout-after-activation:469fe468 cifar10-dropout-july-2017:da21f56e
+cifar10-dropout-after-activation:8944a9a4 svhn-sigmoid-deterministic:24f846fc
+svhn-tanh-stochastic:12d050e2 svhn-tanh-deterministic:fec95519
+cifar10-sigmoid-deterministic:3898e7e0 cifar10-tanh-stochastic:36320881
+cifar10-tanh-deterministic:6e2f540e svhn-l2-weights-5e-4:41ea578a svhn-l2-weights-5e-5:c8cc9576
+svhn-l2-weights-5e-6:05eef4da svhn-l2-weights-5e-7:b1ab84af svhn-l2-gamma:58672d53
+svhn-l2-weights-5e-4-true-labels:a5ccf72a
+cifar10-gaussian-matched:43d214bd cifar10-gaussian-random-labels:0d371b28
+cifar10-shuffled-pixels:5238744b cifar10-random-pixels:78064c23 capacity:b6972516
 """
 DIGESTS = dict(entry.split(":") for entry in DIGESTS.split())
 

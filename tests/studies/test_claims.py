@@ -21,6 +21,7 @@ from bnnlib.studies.claims import (
     CLAIMS,
     TABLE_CLAIMS,
     Claim,
+    cpu_hours,
     excess,
     interval,
     judge,
@@ -195,7 +196,12 @@ def test_a_row_says_what_was_measured_and_what_it_cost(ledger_of):
     assert row["experiments"] == f"{B}; {A}"
     assert row["data"] == "881 images"
     assert row["device"] == "a computer"
-    assert row["core hours"] == pytest.approx(0.6)  # six runs of 360 s on one thread
+    assert row["CPU hours"] == pytest.approx(0.6)  # six runs of 360 s on one thread
+
+
+def test_what_a_run_took_of_the_processors_counts_where_it_was_measured():
+    rows = {"seconds": [3600.0, 3600.0], "threads": [2, 2], "cpu_seconds": [1800.0, nan]}
+    assert cpu_hours(pd.DataFrame(rows)).tolist() == [0.5, 2.0]
 
 
 def test_runs_of_another_length_do_not_count(ledger_of):
@@ -232,7 +238,7 @@ def test_a_claim_about_points_of_a_sweep_is_judged_by_its_table(swept):
     assert (row["verdict"], row["seeds"]) == ("holds", 3)
     assert row["values"] == pytest.approx([20, 21, 22])
     assert row["experiments"] == f"experiment {A}, width 0.25; experiment {A}, width 0.5"
-    assert row["core hours"] == pytest.approx(0.06)
+    assert row["CPU hours"] == pytest.approx(0.06)
     both = replace(NARROW, experiments=({"experiment": A},), metric=of_rows("train_error"))
     assert judge(both, swept, "full")["values"] == [0.3, 0.31, 0.32]  # the larger of two rows
 
@@ -318,5 +324,5 @@ def test_a_stored_claim_is_what_its_files_say(text, by_hand):
     t = (row["high"] - row["estimate"]) / (values.std(ddof=1) / n**0.5)
     assert within(t, n - 1) == pytest.approx(0.95, abs=1e-5)
     records = [record for name in claim.experiments for record, _ in files_of(name)]
-    seconds = sum(record["seconds"] * record["threads"] for record in records)
-    assert row["core hours"] == pytest.approx(seconds / 3600)
+    seconds = sum(r.get("cpu_seconds", r["seconds"] * r["threads"]) for r in records)
+    assert row["CPU hours"] == pytest.approx(seconds / 3600)

@@ -1,9 +1,11 @@
 """The stored runs: each is whole, names what made it, and behaves as any network must."""
 
+import json
 import os
 from collections import defaultdict
 from functools import cache
 
+import evidence
 import pytest
 
 from bnnlib.errors import DataNotFound
@@ -11,7 +13,8 @@ from bnnlib.experiments import build as assembly
 from bnnlib.experiments.build import prepare_data
 from bnnlib.experiments.variants import named
 from bnnlib.runs.ledger import stored_runs
-from bnnlib.runs.record import profile_of
+from bnnlib.runs.record import RESULTS, profile_of
+from bnnlib.studies.claims import CLAIMS, TABLE_CLAIMS
 
 STORED = stored_runs(profile=None)
 
@@ -94,3 +97,27 @@ for kept in filter(learned_nothing_true, STORED):
 def test_true_test_labels_are_not_learned_from_noise_as_the_mean_of_three_seeds(name):
     low, high = BANDS[name.split("-")[0]]
     assert low <= sum(GROUPS[name]) / len(GROUPS[name]) <= high
+
+
+# ---------------------------------------------------------------------- what is made of them
+
+
+@pytest.mark.parametrize("name", evidence.FILES)
+def test_a_file_of_all_runs_is_that_of_the_folders(name):
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    assert text == evidence.contents(RESULTS)[name], f"`make evidence` writes {name} anew"
+
+
+def test_all_claims_are_there_for_other_programs():
+    found = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
+    assert "Student" in found["method"]
+    claims = found["claims"]
+    assert [row["claim"] for row in claims] == [c.text for c in (*CLAIMS, *TABLE_CLAIMS)]
+    for row in claims:
+        assert row["n"] == len(row["values"]) >= 3
+        low, high = row["interval"]
+        assert low <= row["estimate"] <= high
+        least, most = (row["threshold"][0], row["threshold"][1])
+        inside = (least is None or least <= low) and (most is None or high <= most)
+        assert inside == (row["verdict"] == "holds")
+        assert row["cpu_hours"] > 0
