@@ -3,12 +3,16 @@
 `use_book_style` is called once a chapter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from itertools import cycle
 from math import isnan
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -30,7 +34,12 @@ COLOURS = {
 
 
 def use_book_style() -> None:
-    """Figures without background and in mid-grey ink, so that light and dark pages fit both."""
+    """Figures without background and in mid-grey ink, so that light and dark pages fit both.
+
+    In a notebook tables are shown by `table_html`.
+    """
+    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, table_html)
     plt.rcParams.update(
         {
             "figure.facecolor": "none",
@@ -54,6 +63,42 @@ def use_book_style() -> None:
     )
 
 
+NUMBER = re.compile(r"[-+\u2212]?[\d,]*\.?\d*(e[-+]?\d+)?%?|-|NaN|<NA>")  # or none
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """A table with one head: text flush left, numbers flush right with equally many decimals.
+
+    The index is a column like the others; one that only counts the rows is left out.
+    """
+    counts = isinstance(table.index, pd.RangeIndex) and table.index.name is None
+    columns = table if counts else table.reset_index()
+    cells, classes = [], []
+    for _, column in columns.items():
+        if pd.api.types.is_float_dtype(column):
+            text = column.to_string(index=False, header=False).splitlines()
+        else:
+            text = list(map(str, column))
+        text = [word.strip() for word in text]
+        cells.append(text)
+        classes.append("number" if all(map(NUMBER.fullmatch, text)) else "text")
+
+    def row(tag: str, words: Iterable[object]) -> str:
+        pairs = zip(words, classes, strict=True)
+        return "".join(f'<{tag} class="{c}">{escape(str(word))}</{tag}>' for word, c in pairs)
+
+    head = row("th", map(_head, columns))
+    body = "".join(f"<tr>{row('td', words)}</tr>" for words in zip(*cells, strict=True))
+    return f'<table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _head(name: object) -> str:
+    """The head of a column; that of several levels in one line, a float with what it means."""
+    if isinstance(name, tuple):
+        return " ".join(map(_head, name))
+    return f"{name:g}" if isinstance(name, float) else str(name)
+
+
 def show_images(
     data: ImageSet, ax: Axes, columns: int = 10, rows: int = 1, names: bool = True
 ) -> Axes:
@@ -75,7 +120,7 @@ def show_images(
         )
         if names:
             name = shown.class_names[int(shown.labels[i])]
-            ax.text(left + width / 2, top + height + 1, name, ha="center", va="top", fontsize=7)
+            ax.text(left + width / 2, top + height + 1, name, ha="center", va="top", fontsize=8)
     ax.imshow(sheet, interpolation="nearest")
     ax.set_axis_off()
     return ax

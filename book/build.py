@@ -24,6 +24,7 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 import evidence
 from bnnlib.errors import unknown_name
+from bnnlib.interactive import PARTS
 from bnnlib.process import cores
 from bnnlib.runs.interrupts import signals_to
 from execute import (
@@ -116,6 +117,7 @@ def stage(root: Path, profile: str) -> Path:
     for path in map((root / "results").joinpath, evidence.FILES):
         shutil.copy(path, target / "book")
     _copy_mathjax(target)
+    _copy_bokeh(target)
     return target
 
 
@@ -205,6 +207,16 @@ def _copy_mathjax(target: Path) -> None:
     for name in MATHJAX:
         source = files("mathjax") / "static" / "mathjax" / name
         (folder / Path(name).name).write_bytes(source.read_bytes())
+
+
+def _copy_bokeh(target: Path) -> None:
+    # As a server of Bokeh's would have them; only pages that use them do.
+    folder = target / "extra" / "bokeh" / "static" / "js"
+    folder.mkdir(parents=True)
+    for part in PARTS:
+        name = f"{part}.min.js"
+        source = files("bokeh") / "server" / "static" / "js" / name
+        (folder / name).write_bytes(source.read_bytes())
 
 
 def _source(root: Path, name: str, kind: str) -> bool:

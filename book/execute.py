@@ -37,6 +37,7 @@ CELL_TIMEOUT = {
     "full": None,
 }
 KERNEL_ENVIRONMENT = {
+    "BNNLIB_BOKEH": "../bokeh/",  # where the pages find its scripts
     "TQDM_DISABLE": "1",  # each refresh of a bar would become a line
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     # Chapters share the cores, and no page depends on how many there are.

@@ -1,7 +1,9 @@
+import re
 from math import nan
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -168,3 +170,28 @@ def test_book_style_leaves_no_ground_and_is_readable_on_both_themes():
             assert mpl.rcParams[key] == "none"
         luminance = np.dot(mpl.colors.to_rgb(mpl.rcParams["text.color"]), [0.2126, 0.7152, 0.0722])
         assert 0.35 < luminance < 0.65
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def cells(table):
+    """Head and rows of a table in HTML, each cell as (class, text)."""
+    rows = plots.table_html(table).split("</tr>")[:-1]
+    return [re.findall(r'<t[hd] class="(\w+)">(.*?)</t[hd]>', row) for row in rows]
+
+
+def test_a_table_has_one_head_text_to_the_left_and_numbers_to_the_right():
+    table = {"error (%)": [1.5, 22.25], "n": [3, None], "to 10 %": ["5", "-"], "why": ["<b", "1 a"]}
+    head, first, second = cells(pd.DataFrame(table, pd.Index(["x", "y"], name="network")))
+    names = ["network", *table]
+    kinds = ["text", "number", "number", "number", "text"]
+    assert head == list(zip(kinds, names, strict=True))
+    assert [text for _, text in first] == ["x", "1.50", "3.0", "5", "&lt;b"]
+    assert [text for _, text in second] == ["y", "22.25", "NaN", "-", "1 a"]
+
+
+def test_an_index_that_only_counts_is_left_out_and_one_with_levels_is_columns():
+    assert cells(pd.DataFrame({"a": [1]})) == [[("number", "a")], [("number", "1")]]
+    levels = pd.MultiIndex.from_tuples([("x", 1)], names=["data", "seed"])
+    assert [text for _, text in cells(pd.DataFrame({"a": [2]}, levels))[0]] == ["data", "seed", "a"]

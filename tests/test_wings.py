@@ -39,6 +39,7 @@ FLOORS = {
     "training": (),
     "probes": (),
     "plots": (),
+    "interactive": (),
     "experiments": ("experiment", "originals", "variants", "profiles", "scored", "build"),
     "runs": (
         *("interrupts", "record", "result", "checkpoint", "folder"),

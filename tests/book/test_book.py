@@ -111,10 +111,30 @@ def test_one_cell_of_commented_literal_parameters_checked_in_the_next(path):
 
 
 @each_chapter
-def test_chapter_ends_with_summary_and_three_exercises(path):
+def test_chapter_ends_with_summary_questions_and_three_exercises(path):
     text = prose(read(path))
-    assert re.findall(r"^## (.+)$", text, re.MULTILINE)[-2:] == ["Summary", "Exercises"]
-    assert len(re.findall(r"\{exercise(?:-start)?\}", text.rpartition("## Exercises")[2])) == 3
+    ends = re.findall(r"^## (.+)$", text, re.MULTILINE)[-3:]
+    assert ends == ["Summary", "Check yourself", "Exercises"]
+    _, _, rest = text.rpartition("## Check yourself")
+    questions, _, exercises = rest.partition("## Exercises")
+    titles = re.findall(r"^`{3,}\{dropdown\} (.+)$", questions, re.MULTILINE)
+    assert 3 <= len(titles) <= 5
+    assert all(title.endswith("?") for title in titles)
+    assert len(re.findall(r"\{exercise(?:-start)?\}", exercises)) == 3
+
+
+@each_chapter
+def test_each_exercise_has_a_solution_with_code_in_the_same_order(path):
+    cells = read(path).cells
+    text = prose(read(path))
+    labels = re.findall(r"\{exercise(?:-start)?\}[^:]*\n:label: (\S+)", text)
+    begin = r"\{solution-start\} (\S+)"
+    starts = [i for i, cell in enumerate(cells) if re.search(begin, cell.source)]
+    ends = [i for i, cell in enumerate(cells) if "{solution-end}" in cell.source]
+    assert [re.search(begin, cells[i].source)[1] for i in starts] == labels
+    assert len(ends) == len(starts)
+    for start, end in zip(starts, ends, strict=True):
+        assert any(cell.cell_type == "code" for cell in cells[start:end])
 
 
 def test_each_figure_has_a_caption_and_a_name_of_its_own():
@@ -123,6 +143,8 @@ def test_each_figure_has_a_caption_and_a_name_of_its_own():
     assert all(figure["caption"].rstrip().endswith(".") for figure in figures)
     names = [figure["name"] for figure in figures]
     assert len(set(names)) == len(names)
+    text = "\n".join(prose(read(path)) for path in NOTEBOOKS)
+    assert [name for name in names if f"{{numref}}`{name}`" not in text] == []
 
 
 @each_notebook
