@@ -128,6 +128,7 @@ WRONG_RECORDS = {
     ],
     "history_sha256": [[]],
     "seconds": [-1, "1", 1e300],
+    "cpu_seconds": [-1, "1", 1e300],
     "continued": [{}, [{"threads": 1}]],
 }
 

@@ -197,6 +197,7 @@ WRONG_STATES = {
     "experiment_sha256": (None, "is the state of another experiment"),
     "steps": (-1, "holds no state"),
     "seconds": (1e300, "holds no state"),
+    "cpu_seconds": (1e300, "holds no state"),
     "updates": (1.5, "holds no state"),
     "optimizer": ({"state": {}, "groups": []}, "it has the settings of another optimizer"),
     "columns": (["epoch", "epoch"], "holds no state"),

@@ -108,6 +108,17 @@ def test_elsewhere_its_errors_must_be_those_of_one_more_seed(again, train, repro
     assert ("train_error 36.90 %, outside 0.00 to 36.88 %" in found.text) == (not reproduced)
 
 
+def test_an_error_that_no_run_has_is_not_asked_for(write_run, tmp_path):
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        row = {"epoch": 1, "train_error": ERRORS[seed], "seconds": 1.0}
+        write_run(folder, replace(E, seed=seed), [row], seconds=1.0)
+    row = {"epoch": 1, "train_error": 0.11, "seconds": 1.0}
+    again = write_run(tmp_path / "again", E, [row], seconds=1.0, device="another")
+    table = results(tmp_path).drop("again")
+    assert compare(folders[0], again, table).reproduced
+
+
 def test_one_stored_seed_says_nothing_about_another_machine(again, stored):
     for seed in (1, 2):
         shutil.rmtree(stored / "svhn-l2" / str(seed))
