@@ -42,7 +42,7 @@ PARTS = ["bokeh", "bokeh-widgets"]
 MARKERS = {"holds": "circle", "open": "diamond", "fails": "x"}
 STILL_MARKERS = {"holds": "o", "open": "D", "fails": "X"}
 SHADES = {"holds": COLOURS["valid"], "open": COLOURS["fourth"], "fails": COLOURS["train"]}
-LINES = ("solid", "dashed", "dotdash", "dotted")
+LINES = ("solid", "dashed", "dashdot", "dotted")  # to both Bokeh and Matplotlib
 
 
 def show(layout: LayoutDOM, still: Figure | None, alt: str) -> None:
@@ -92,8 +92,8 @@ def _plot(**options: Any) -> figure:
 def forest(claims: "pd.DataFrame") -> tuple[LayoutDOM, Figure]:
     """Estimate, interval and threshold of each claim, by unit: for the pointer, and still.
 
-    `claims` has the columns that `judge` gives, and the bounds `least` and `most`, with the numbers
-    of the claims as index. A bar is the interval; where the claim holds, the ground is shaded.
+    `claims` is what `judge_all` gives, or rows of it. A bar is the interval; where the claim holds,
+    the ground is shaded.
     """
     units = list(dict.fromkeys(claims["unit"]))
     groups = [claims[claims["unit"] == unit] for unit in units]
@@ -201,8 +201,7 @@ def curves(
         items.append((group, [line, band]))
         lines.append(line)
         ax.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-        styles = dict(zip(LINES, ("-", "--", "-.", ":"), strict=True))
-        ax.plot(epochs, mean, color=colour, linestyle=styles[dash], label=group)
+        ax.plot(epochs, mean, color=colour, linestyle=dash, label=group)
     legend = Legend(
         items=items, click_policy="hide", label_text_color=GREY, background_fill_alpha=0,
         border_line_color=None, ncols=2, label_text_font_size="11px",

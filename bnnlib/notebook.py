@@ -73,6 +73,17 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def in_unit(values: Iterable[float], unit: str) -> list[str]:
+    """What a claim measured, with as many decimals as its unit has on all pages."""
+    return [rounded(value, 3 if unit == "bits a weight" else 1) for value in values]
+
+
+def measured(row: Mapping[str, Any]) -> str:
+    """Mean and interval of a claim, from its row of `judge`: '0.2 (-0.4 to 0.8) %'."""
+    numbers = in_unit((row["estimate"], row["low"], row["high"]), row["unit"])
+    return "{} ({} to {}) {}".format(*numbers, row["unit"])
+
+
 def outcome(*runs: Run, limits: Sequence[float] = (0.1, 0.01)) -> dict[str, Any]:
     """What the seeds of one experiment came to, as a row of a table.
 

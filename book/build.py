@@ -116,8 +116,7 @@ def stage(root: Path, profile: str) -> Path:
         write(_page(today, executed), target / f"{name}.ipynb")
     for path in map((root / "results").joinpath, evidence.FILES):
         shutil.copy(path, target / "book")
-    _copy_mathjax(target)
-    _copy_bokeh(target)
+    _copy_scripts(target / "extra")
     return target
 
 
@@ -201,23 +200,16 @@ def _page(today: NotebookNode, executed: NotebookNode) -> NotebookNode:
     return executed  # its code was edited since; the next build executes it
 
 
-def _copy_mathjax(target: Path) -> None:
+def _copy_scripts(extra: Path) -> None:
     # Not below _static: every script there is loaded by every page.
-    folder = target / "extra" / "mathjax"
-    folder.mkdir(parents=True)
-    for name in MATHJAX:
-        source = files("mathjax") / "static" / "mathjax" / name
-        (folder / Path(name).name).write_bytes(source.read_bytes())
-
-
-def _copy_bokeh(target: Path) -> None:
-    # As a server of Bokeh's would have them; only pages that use them do.
-    folder = target / "extra" / "bokeh" / "static" / "js"
-    folder.mkdir(parents=True)
-    for part in PARTS:
-        name = f"{part}.min.js"
-        source = files("bokeh") / "server" / "static" / "js" / name
-        (folder / name).write_bytes(source.read_bytes())
+    mathjax = files("mathjax") / "static" / "mathjax"
+    bokeh = files("bokeh") / "server" / "static" / "js"
+    scripts = [(mathjax / name, extra / "mathjax") for name in MATHJAX]
+    served = extra / "bokeh" / "static" / "js"  # as by Bokeh's own server
+    scripts += [(bokeh / f"{part}.min.js", served) for part in PARTS]
+    for source, folder in scripts:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / source.name).write_bytes(source.read_bytes())
 
 
 def _source(root: Path, name: str, kind: str) -> bool:

@@ -142,7 +142,6 @@ def reproduce(name, lot, stored, out, workers, dry_run, device, data) -> None:
     and number of threads, it must be equal, bit for bit; elsewhere its errors must lie where those
     of another seed would. Where one is not reproduced, the exit status is 1.
     """
-    check_installed()
     from bnnlib.runs.ledger import results
     from bnnlib.studies.reproduction import draw
 
@@ -150,33 +149,34 @@ def reproduce(name, lot, stored, out, workers, dry_run, device, data) -> None:
     table = results(stored or RESULTS)
     drawn = draw(table, lot, name)
     click.echo(f"lot {lot}: {counted(len(drawn), 'run')} of {table.attrs['folder']}")
-    failed = 0
+    how, failed = run_arguments(device, data, "auto", 300.0), 0
     for threads, rows in drawn.groupby("threads"):
         where = Where(workers=workers, threads=int(threads), device=device)
-        planned = plan(_tasks_again(rows, table, out.absolute()), 0, where.threads, device, data)
+        tasks = _tasks_again(rows, table, out.absolute())
+        planned = plan(list(tasks.values()), 0, where.threads, device, data)
         click.echo("\n".join(planned.table(where)))
         if not dry_run:
-            how = run_arguments(device, data, "auto", 300.0)
-            launch(planned, out.absolute(), "again", where, how, _tell)
-            failed += sum(not _tell_again(row, table, planned.sweep) for _, row in rows.iterrows())
+            check_installed()
+            done = launch(planned, out.absolute(), "again", where, how, _tell)
+            failed += sum(not _tell_again(run, tasks[run], done, table) for run in rows.index)
     if failed:
         click.get_current_context().exit(1)
 
 
-def _tasks_again(rows: "pd.DataFrame", table: "pd.DataFrame", out: Path) -> list[RunTask]:
-    """A task for each stored run; before an evaluation that of the run which it scores."""
+def _tasks_again(rows: "pd.DataFrame", table: "pd.DataFrame", out: Path) -> dict[str, RunTask]:
+    """A task for each stored run, by its path; before an evaluation that of what it scores."""
     tasks: dict[str, RunTask] = {}
     for run in rows.index:
-        task, source = _task_again(run, table, out), None
+        task = _task_again(run, table, out)
         if task.experiment.evaluates:
             scored = Path(task.experiment.run_folder).name
             found = table.index[[digest.startswith(scored) for digest in table["digest"]]]
             if not len(found):
                 raise DataNotFound(f"{run} scores a run that is not stored: {scored}")
-            source = _task_again(found[0], table, out)
-            task = replace(task, needs=source.name)
-        tasks |= {t.name: t for t in (source, task) if t}
-    return list(tasks.values())
+            tasks[found[0]] = _task_again(found[0], table, out)
+            task = replace(task, needs=tasks[found[0]].name)
+        tasks[run] = task
+    return tasks
 
 
 def _task_again(run: str, table: "pd.DataFrame", out: Path) -> RunTask:
@@ -185,16 +185,13 @@ def _task_again(run: str, table: "pd.DataFrame", out: Path) -> RunTask:
     return RunTask(e, out / name, name, label(e.name, {"seed": e.seed}))
 
 
-def _tell_again(row: "pd.Series", table: "pd.DataFrame", sweep: Sweep) -> bool:
+def _tell_again(run: str, task: RunTask, sweep: Sweep, table: "pd.DataFrame") -> bool:
     """Say in a line how a stored run and the new one compare; whether it is reproduced."""
     from bnnlib.studies.reproduction import Reproduction, compare
 
-    stored = Path(table.attrs["folder"], row.name)
-    task = sweep.tasks[run_name(read_record(stored)[0])]
-    alike = (table["experiment"] == row["experiment"]) & (table["profile"] == row["profile"])
+    found = Reproduction(False, "not finished")
     if task.name in sweep.finished:
-        found = compare(stored, task.folder, table[alike])
-    else:
-        found = Reproduction(False, "not finished")
-    click.echo(f"{row.name}: {found.text}")
+        same = table[["experiment", "profile"]] == table.loc[run, ["experiment", "profile"]]
+        found = compare(Path(table.attrs["folder"], run), task.folder, table[same.all(axis=1)])
+    click.echo(f"{run}: {found.text}")
     return found.reproduced

@@ -362,9 +362,10 @@ def judge(claim: Claim, table: "pd.DataFrame", profile: str) -> dict[str, Any]:
 
     `table` is a ledger, as `results` gives it; a claim about a stored table, which has no
     profiles, takes that from the folder `tables` beside the runs. `values` are those of the seeds
-    that all experiments have, `estimate` is their mean, `low` and `high` its 95 % interval, and
-    `CPU hours` count each run once. The verdict is that of `Claim.verdict`; where runs are missing
-    it is "not run at PROFILE length" or, with one or two seeds, "fewer than 3 seeds".
+    that all experiments have, `estimate` is their mean, `low` and `high` its 95 % interval, `least`
+    and `most` are the thresholds, and `CPU hours` count each run once. The verdict is that of
+    `Claim.verdict`; where runs are missing it is "not run at PROFILE length" or, with one or two
+    seeds, "fewer than 3 seeds".
     """
     if claim.table:
         source = stored_table(claim.table, Path(table.attrs["folder"]) / "tables")
@@ -378,6 +379,8 @@ def judge(claim: Claim, table: "pd.DataFrame", profile: str) -> dict[str, Any]:
         **_about([rows[rows["seed"].isin(seeds)] for rows in points]),
         "seeds": len(seeds),
         "threshold": claim.threshold,
+        "least": claim.low,
+        "most": claim.high,
         "unit": claim.unit,
         "predicted": claim.predicted,
     }
@@ -423,7 +426,7 @@ def _about(points: "Sequence[pd.DataFrame]") -> dict[str, Any]:
 
     rows = pd.concat(points)
     rows = rows[~rows.index.duplicated()]  # a row of two points
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = {"data": "", "device": "", "CPU hours": nan}
     if "images" in rows:
         names = [f" of {name}" for name in rows.get("dataset", ())] or [" images"] * len(rows)
         pairs = zip(rows["images"], names, strict=True)
@@ -443,32 +446,40 @@ def cpu_hours(rows: "pd.DataFrame") -> "pd.Series":
     return seconds / 3600
 
 
+def judge_all(table: "pd.DataFrame", profile: str = "reduced") -> "pd.DataFrame":
+    """All claims of the book as `judge` judges them, a row each; their numbers are the index."""
+    import pandas as pd
+
+    rows = [judge(claim, table, profile) for claim in (*CLAIMS, *TABLE_CLAIMS)]
+    return pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="number"))
+
+
 def claims_json(table: "pd.DataFrame", profile: str = "reduced") -> str:
-    """All claims of the book as `judge` judges them, for other programs; numbers have 6 digits.
+    """The rows of `judge_all` for other programs; numbers have 6 digits.
 
     A threshold that a claim does not have is null, and so is a number that could not be measured.
     """
-    rows = []
-    for number, claim in enumerate((*CLAIMS, *TABLE_CLAIMS), start=1):
-        row = judge(claim, table, profile)
-        rows.append(
-            {
-                "number": number,
-                "claim": claim.text,
-                "experiments": list(map(_shown_point, claim.experiments)),
-                "source": f"tables/{claim.table}.csv" if claim.table else f"profile {profile}",
-                "data": row.get("data", ""),
-                "unit": claim.unit,
-                "n": row["seeds"],
-                "values": list(map(_number, row["values"])),
-                "estimate": _number(row["estimate"]),
-                "interval": [_number(row["low"]), _number(row["high"])],
-                "threshold": [_number(claim.low), _number(claim.high)],
-                "predicted": claim.predicted,
-                "verdict": row["verdict"],
-                "cpu_hours": _number(row.get("CPU hours", nan)),
-            }
-        )
+    tables = [claim.table for claim in (*CLAIMS, *TABLE_CLAIMS)]
+    judged = judge_all(table, profile).to_dict("index").items()
+    rows = [
+        {
+            "number": number,
+            "claim": row["claim"],
+            "experiments": row["experiments"].split("; "),
+            "source": f"tables/{source}.csv" if source else f"profile {profile}",
+            "data": row["data"],
+            "unit": row["unit"],
+            "n": row["seeds"],
+            "values": list(map(_number, row["values"])),
+            "estimate": _number(row["estimate"]),
+            "interval": [_number(row["low"]), _number(row["high"])],
+            "threshold": [_number(row["least"]), _number(row["most"])],
+            "predicted": row["predicted"],
+            "verdict": row["verdict"],
+            "cpu_hours": _number(row["CPU hours"]),
+        }
+        for (number, row), source in zip(judged, tables, strict=True)
+    ]
     return json.dumps({"method": METHOD, "claims": rows}, indent=1, ensure_ascii=False) + "\n"
 
 
