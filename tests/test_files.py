@@ -40,7 +40,7 @@ def in_a_child(action, *arguments):
     """Run in a forked process; returns its exit code, minus the signal that killed it."""
     process = multiprocessing.get_context("fork").Process(target=action, args=arguments)
     process.start()
-    process.join(timeout=20)
+    process.join(timeout=300)
     return process.exitcode
 
 

@@ -46,7 +46,7 @@ def printed(client, cell):
     def collect(message):
         texts.append(message["content"].get("text", ""))
 
-    reply = client.execute_interactive(cell, output_hook=collect, timeout=60)
+    reply = client.execute_interactive(cell, output_hook=collect, timeout=300)
     assert reply["content"]["status"] == "ok", reply
     return "".join(texts)
 

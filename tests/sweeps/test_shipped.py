@@ -116,7 +116,7 @@ import signal, sys, time
 terms = []
 signal.signal(signal.SIGTERM, lambda *_: terms.append(1))
 print(*sys.argv[1:], flush=True)
-until = time.monotonic() + (0 if "short" in sys.argv else 30)
+until = time.monotonic() + (0 if "short" in sys.argv else 300)
 while not terms and time.monotonic() < until:
     time.sleep(0.01)
 time.sleep(0.3)

@@ -217,7 +217,7 @@ def test_a_worker_that_ends_is_replaced_and_its_run_goes_on(client, alone, tmp_p
     records = [read_record(each.folder)[1] for each in sweep.tasks.values()]
     assert any("continued" in record for record in records)  # not begun anew
     assert Books(tmp_path).failures() == {}
-    client.wait_for_workers(2, timeout=60)  # for the next test
+    client.wait_for_workers(2, timeout=300)  # for the next test
 
 
 def test_a_worker_here_that_is_asked_to_go_keeps_its_nanny_which_is_replaced(tmp_path, monkeypatch):
