@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import cycle
 from math import isnan
+from numbers import Number
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,6 +32,7 @@ COLOURS = {
     "third": "#cc79a7",
     "fourth": "#c99700",
 }
+DASHES = {"train": "-", "test": "--", "valid": "-."}  # the same without colour
 
 
 def use_book_style() -> None:
@@ -87,16 +89,19 @@ def table_html(table: pd.DataFrame) -> str:
         pairs = zip(words, classes, strict=True)
         return "".join(f'<{tag} class="{c}">{escape(str(word))}</{tag}>' for word, c in pairs)
 
-    head = row("th", map(_head, columns))
+    head = row("th", (_head(name, columns.columns.names) for name in columns))
     body = "".join(f"<tr>{row('td', words)}</tr>" for words in zip(*cells, strict=True))
     return f'<table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _head(name: object) -> str:
-    """The head of a column; that of several levels in one line, a float with what it means."""
-    if isinstance(name, tuple):
-        return " ".join(map(_head, name))
-    return f"{name:g}" if isinstance(name, float) else str(name)
+def _head(name: object, levels: Sequence[str | None]) -> str:
+    """The head of a column, all levels in one line; a number follows the name of its level."""
+    words = []
+    for value, level in zip(name if isinstance(name, tuple) else (name,), levels, strict=True):
+        number = isinstance(value, Number)
+        words += [level] if number and level else []
+        words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return " ".join(words).strip()
 
 
 def show_images(
@@ -132,30 +137,28 @@ def plot_quantizer(quantizer: Callable[[Tensor], Tensor], ax: Axes, limit: float
     y = quantizer(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     ax.plot(x.detach(), y.detach(), color=COLOURS["train"], label="value")
-    ax.plot(x.detach(), slope, color=COLOURS["test"], linestyle="--", label="slope in backward")
+    ax.plot(x.detach(), slope, color=COLOURS["test"], linestyle="--", label="backward slope")
     ax.set(xlabel="x", ylabel="")
     return ax
 
 
 def plot_errors(
-    history: History, ax: Axes, splits: Sequence[str] = ("train", "test"), label: str = "", **style
+    histories: History | Sequence[History],
+    ax: Axes,
+    splits: Sequence[str] = ("train", "test"),
+    label: str = "",
+    **style,
 ) -> Axes:
-    """Error of each split against the epoch, in percent, with the line of a blind guess.
+    """Errors of a run, or of several of one kind, against the epoch, in percent.
 
-    `label` goes before the split's name in the legend. Epochs without evaluation are skipped.
+    Training is solid, test dashed; dotted, the error of a blind guess. `label` goes before the
+    split's name in the legend. Epochs without evaluation are skipped.
     """
+    several = [histories] if isinstance(histories, History) else histories
     for split in splits:
-        options = {"color": COLOURS[split], "label": f"{label} {split}".strip()} | style
-        plot_column([history], f"{split}_error", ax, **options)
-    return ax
-
-
-def plot_histories(
-    histories: Sequence[History], ax: Axes, splits: Sequence[str] = ("train", "test")
-) -> Axes:
-    """Errors of several runs of one kind, as `plot_errors` draws one; a label for each split."""
-    for split in splits:
-        plot_column(histories, f"{split}_error", ax, split, color=COLOURS[split])
+        options = {"color": COLOURS[split], "linestyle": DASHES[split]}
+        options |= {"label": f"{label} {split}".strip()} | style
+        plot_column(several, f"{split}_error", ax, **options)
     return ax
 
 
@@ -188,7 +191,8 @@ def plot_levels(
     x = [100 * level for level in levels]
     for name, values in errors.items():
         percent = 100 * np.reshape(values, (len(levels), -1))  # (levels, seeds)
-        (line,) = ax.plot(x, percent.mean(1), marker="o", label=name, color=COLOURS.get(name))
+        style = {"color": COLOURS.get(name), "linestyle": DASHES.get(name, "-")}
+        (line,) = ax.plot(x, percent.mean(1), marker="o", label=name, **style)
         band = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
         ax.fill_between(x, percent.min(1), percent.max(1), **band)
     _percent_axis(ax, chance)

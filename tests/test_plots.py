@@ -44,6 +44,7 @@ def chance(ax):
 def test_errors_are_percents_of_the_evaluated_epochs(ax):
     assert plots.plot_errors(HISTORY, ax) is ax
     assert lines(ax) == [("train", TRAIN), ("test", TEST)]
+    assert [line.get_linestyle() for line in ax.lines if line.get_gid() != "chance"] == ["-", "--"]
     assert ax.get_xlabel() == "epoch"
     assert "%" in ax.get_ylabel()
 
@@ -61,7 +62,7 @@ def test_chance_is_that_of_the_classes(ax):
     plots.plot_errors(four, ax)
     plots.plot_class_errors({"test": (0.1, 0.2)}, "ab", ax)
     plots.plot_levels([0, 1], {"test": [0.1, 0.8]}, ax, chance=0.8)
-    plots.plot_histories([HISTORY], ax)
+    plots.plot_errors([HISTORY], ax)
     assert chance(ax) == [75, 50, 80, 90]
 
 
@@ -71,7 +72,7 @@ def test_a_split_that_the_history_lacks_is_refused(ax):
 
 
 def test_several_histories_are_named_once(ax):
-    assert plots.plot_histories([HISTORY, HISTORY], ax) is ax
+    assert plots.plot_errors([HISTORY, HISTORY], ax) is ax
     assert [points for _, points in lines(ax)] == [TRAIN, TRAIN, TEST, TEST]
     assert ax.get_legend_handles_labels()[1] == ["train", "test"]
 
@@ -195,3 +196,11 @@ def test_an_index_that_only_counts_is_left_out_and_one_with_levels_is_columns():
     assert cells(pd.DataFrame({"a": [1]})) == [[("number", "a")], [("number", "1")]]
     levels = pd.MultiIndex.from_tuples([("x", 1)], names=["data", "seed"])
     assert [text for _, text in cells(pd.DataFrame({"a": [2]}, levels))[0]] == ["data", "seed", "a"]
+
+
+def test_a_column_that_is_headed_by_a_number_says_of_what():
+    loads = pd.DataFrame([[3, 4]], ["A"], pd.Index([0.5, 1], name="load"))
+    assert [text for _, text in cells(loads)[0]] == ["index", "load 0.5", "load 1"]
+    pairs = pd.MultiIndex.from_tuples([("train", 0), ("test", 1)], names=["split", "seed"])
+    table = pd.DataFrame([[3, 4]], pd.Index(["A"], name="method"), pairs)
+    assert [text for _, text in cells(table)[0]] == ["method", "train seed 0", "test seed 1"]

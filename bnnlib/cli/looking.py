@@ -303,9 +303,8 @@ def _drawn(histories: dict[str, History], kind: str) -> bytes:
     figure = Figure(facecolor="white")
     ax = figure.subplots()
     for i, (label, history) in enumerate(histories.items()):
-        for split, line in (("train", "-"), ("test", "--")):
-            if any(split in _errors(row) for row in history.rows):
-                plot_errors(history, ax, (split,), label, color=f"C{i}", linestyle=line)
+        known = [s for s in ("train", "test") if any(s in _errors(row) for row in history.rows)]
+        plot_errors(history, ax, known, label, color=f"C{i}")
     ax.legend(fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format=kind, facecolor="white")

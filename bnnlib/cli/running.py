@@ -213,7 +213,7 @@ def _can_sweep() -> bool:
 
     found = is_installed()
     if not found:
-        told = "without Dask (pip install 'bnnlib[sweep]') the seeds run one after the other"
+        told = "without Dask (pip install '.[sweep]') the seeds run one after the other"
         click.echo(told, err=True)
     return found
 

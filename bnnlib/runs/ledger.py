@@ -318,9 +318,7 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise NotInstalled(
-            "Parquet needs the package pyarrow: pip install 'bnnlib[sweep]'"
-        ) from None
+        raise NotInstalled("Parquet needs the package pyarrow: pip install '.[sweep]'") from None
     return pyarrow, parquet
 
 

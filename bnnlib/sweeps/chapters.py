@@ -159,6 +159,6 @@ def _notebook(path: Path) -> Any:
         import nbformat
     except ImportError:
         raise NotInstalled(
-            "to execute chapters, install papermill: pip install 'bnnlib[sweep]'"
+            "to execute chapters, install papermill: pip install '.[sweep]'"
         ) from None
     return nbformat.read(path, as_version=4)

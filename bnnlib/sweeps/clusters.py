@@ -157,7 +157,7 @@ def jobqueue() -> ModuleType:
     try:
         return importlib.import_module("dask_jobqueue")
     except ImportError:
-        raise NotInstalled("--slurm needs dask-jobqueue: pip install 'bnnlib[sweep]'") from None
+        raise NotInstalled("--slurm needs dask-jobqueue: pip install '.[sweep]'") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, answer)

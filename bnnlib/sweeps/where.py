@@ -96,4 +96,4 @@ def is_installed() -> bool:
 def check_installed() -> None:
     """Raise NotInstalled where Dask is missing."""
     if not is_installed():
-        raise NotInstalled("a sweep needs Dask: pip install 'bnnlib[sweep]'")
+        raise NotInstalled("a sweep needs Dask: pip install '.[sweep]'")

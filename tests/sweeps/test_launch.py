@@ -169,14 +169,14 @@ def test_without_dask_a_sweep_says_so_in_a_line(here, monkeypatch):
     without_dask(monkeypatch)
     result = call(*COMMAND)
     assert result.exit_code == 1
-    assert result.stderr == "Error: a sweep needs Dask: pip install 'bnnlib[sweep]'\n"
+    assert result.stderr == "Error: a sweep needs Dask: pip install '.[sweep]'\n"
 
 
 def test_without_dask_seeds_run_one_after_the_other_and_a_line_says_so(here, monkeypatch):
     without_dask(monkeypatch)
     result = call("run", "svhn-l2", "--profile", "smoke", "--seeds", "0,1")
     assert result.exit_code == 0
-    assert "without Dask (pip install 'bnnlib[sweep]') the seeds run one after" in result.stderr
+    assert "without Dask (pip install '.[sweep]') the seeds run one after" in result.stderr
     assert len(results(here / "runs")) == 2
 
 
