@@ -116,6 +116,12 @@ def test_spelling_is_british_with_z(page):
     assert sorted(word for word in words(page) if not is_british_with_z(word)) == []
 
 
+@each_page
+def test_no_line_begins_as_a_comment_does(page):
+    lines = "\n".join(texts(page)).splitlines()
+    assert [line for line in lines if line.lstrip().startswith("%")] == [], "MyST leaves them out"
+
+
 def test_word_list_is_sorted_and_has_no_word_too_many():
     listed = own_words()
     assert listed == sorted(set(listed), key=str.casefold)
