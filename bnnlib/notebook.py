@@ -81,19 +81,19 @@ def in_unit(values: Iterable[float], unit: str) -> list[str]:
 def measured(row: Mapping[str, Any]) -> str:
     """Mean and interval of a claim, from its row of `judge`: '0.2 (-0.4 to 0.8) %'."""
     numbers = in_unit((row["estimate"], row["low"], row["high"]), row["unit"])
-    return "{} ({} to {}) {}".format(*numbers, row["unit"])
+    return "{} ({} to {})\N{NO-BREAK SPACE}{}".format(*numbers, row["unit"])
 
 
 def outcome(*runs: Run, limits: Sequence[float] = (0.1, 0.01)) -> dict[str, Any]:
     """What the seeds of one experiment came to, as a row of a table.
 
-    "train" and "test" are the last errors in percent, by `spread`; "to 10 %" is the first epoch
-    with at most this training error, for each seed, "-" where there was none.
+    The errors are the last ones, in percent, by `spread`; "to 10 %" is the first epoch with at
+    most this training error, for each seed, "-" where there was none.
     """
     row: dict[str, Any] = {"seeds": len(runs)}
-    for split in ("train", "test"):
+    for split, name in {"train": "training", "test": "test"}.items():
         errors = [100 * r.history.last(f"{split}_error") for r in runs]
-        row[f"{split} error (%)"] = spread(errors)
+        row[f"{name} error (%)"] = spread(errors)
     for limit in limits:
         reached = [epochs_to_reach(r.history, (limit,))[0] for r in runs]
         row[f"to {100 * limit:g} %"] = " ".join(str(epoch or "-") for epoch in reached)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from bnnlib.data.images import ImageSet, scale_pixels
@@ -71,7 +72,8 @@ NUMBER = re.compile(r"[-+\u2212]?[\d,]*\.?\d*(e[-+]?\d+)?%?|-|NaN|<NA>")  # or n
 def table_html(table: pd.DataFrame) -> str:
     """A table with one head: text flush left, numbers flush right with equally many decimals.
 
-    The index is a column like the others; one that only counts the rows is left out.
+    The index is a column like the others; one that only counts the rows is left out. What stands
+    in backticks is code.
     """
     counts = isinstance(table.index, pd.RangeIndex) and table.index.name is None
     columns = table if counts else table.reset_index()
@@ -87,11 +89,15 @@ def table_html(table: pd.DataFrame) -> str:
 
     def row(tag: str, words: Iterable[object]) -> str:
         pairs = zip(words, classes, strict=True)
-        return "".join(f'<{tag} class="{c}">{escape(str(word))}</{tag}>' for word, c in pairs)
+        return "".join(f'<{tag} class="{c}">{_marked(word)}</{tag}>' for word, c in pairs)
 
     head = row("th", (_head(name, columns.columns.names) for name in columns))
     body = "".join(f"<tr>{row('td', words)}</tr>" for words in zip(*cells, strict=True))
     return f'<table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _marked(word: object) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(str(word)))
 
 
 def _head(name: object, levels: Sequence[str | None]) -> str:
@@ -175,6 +181,7 @@ def plot_column(
         ax.plot(*zip(*known, strict=True), label=label, **style)
         label = "_"  # Matplotlib leaves such a label out of the legend
     ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if "error" in column:
         _percent_axis(ax, histories[0].chance)
     return ax

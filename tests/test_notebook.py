@@ -209,7 +209,7 @@ def test_the_outcome_of_seeds_is_one_row():
     runs = ended(0.0, 0.9, [0.5, 0.1]), ended(0.02, 0.8, [0.09])
     assert outcome(*runs, limits=(0.1, 0.005)) == {
         "seeds": 2,
-        "train error (%)": "1.0 (0.0 to 2.0)",
+        "training error (%)": "1.0 (0.0 to 2.0)",
         "test error (%)": "85.0 (80.0 to 90.0)",
         "to 10 %": "2 1",
         "to 0.5 %": "9 -",

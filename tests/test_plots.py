@@ -46,6 +46,7 @@ def test_errors_are_percents_of_the_evaluated_epochs(ax):
     assert lines(ax) == [("train", TRAIN), ("test", TEST)]
     assert [line.get_linestyle() for line in ax.lines if line.get_gid() != "chance"] == ["-", "--"]
     assert ax.get_xlabel() == "epoch"
+    assert all(tick == int(tick) for tick in ax.get_xticks())
     assert "%" in ax.get_ylabel()
 
 
@@ -196,6 +197,10 @@ def test_an_index_that_only_counts_is_left_out_and_one_with_levels_is_columns():
     assert cells(pd.DataFrame({"a": [1]})) == [[("number", "a")], [("number", "1")]]
     levels = pd.MultiIndex.from_tuples([("x", 1)], names=["data", "seed"])
     assert [text for _, text in cells(pd.DataFrame({"a": [2]}, levels))[0]] == ["data", "seed", "a"]
+
+
+def test_what_stands_in_backticks_is_code():
+    assert cells(pd.DataFrame({"a": ["`x < 1` or"]}))[1] == [("text", "<code>x &lt; 1</code> or")]
 
 
 def test_a_column_that_is_headed_by_a_number_says_of_what():

@@ -147,7 +147,10 @@ def more_bits(*points: "pd.DataFrame") -> float:
 
 # ------------------------------------------------------------------------------ the claims
 
-NOISE = ("cifar10-true-labels", *(f"cifar10-noise-{percent}" for percent in (25, 50, 75, 100)))
+NOISE = {
+    data: (f"{data}-true-labels", *(f"{data}-noise-{percent}" for percent in (25, 50, 75, 100)))
+    for data in ("svhn", "cifar10")
+}
 
 # A guess has a balanced error of 90 %, with a standard deviation of 2.3 points on SVHN's 202 test
 # images and of 0.7 on CIFAR-10's 2,000; so these must be within 6 points and within 3.
@@ -183,8 +186,12 @@ CLAIMS = (
         ("cifar10-noise-100", "cifar10-true-labels"), excess("test_error"), low=10, unit="points",
     ),
     Claim(
+        "SVHN: the test error rises with each step of label noise (smallest step)",
+        NOISE["svhn"], smallest_step(), low=0, unit="points", predicted=True,
+    ),
+    Claim(
         "CIFAR-10: the test error rises with each step of label noise (smallest step)",
-        NOISE, smallest_step(), low=0, unit="points",
+        NOISE["cifar10"], smallest_step(), low=0, unit="points",
     ),
     Claim(
         "CIFAR-10, half the labels drawn anew: the unchanged reach 50 % error before the changed",
@@ -198,6 +205,11 @@ CLAIMS = (
     Claim(
         "CIFAR-10: the full-precision twin memorizes sooner (10 % error)",
         ("cifar10-float", "cifar10-random-labels"), epochs_later(0.1), low=1, unit="epochs",
+    ),
+    Claim(
+        "SVHN, true labels: the binary network errs more than its twin (test error higher by)",
+        ("svhn-true-labels", "svhn-float-true-labels"), excess("test_error"),
+        low=0, unit="points", predicted=True,
     ),
     Claim(
         "CIFAR-10, true labels: the binary network errs more than its twin (test error higher by)",
@@ -217,12 +229,37 @@ CLAIMS = (
         ("svhn-l2-weights-5e-4-true-labels",), last("test_error"), high=50,
     ),
     Claim(
+        "SVHN: an L2 of 5e-6 on the weights does not prevent memorizing (training error)",
+        ("svhn-l2-weights-5e-6",), last(), high=10, predicted=True,
+    ),
+    Claim(
+        "SVHN: an L2 of 5e-7 on the weights does not prevent memorizing (training error)",
+        ("svhn-l2-weights-5e-7",), last(), high=5, predicted=True,
+    ),
+    Claim(
+        "SVHN: an L2 of 5e-4 on the scales does not prevent memorizing (training error)",
+        ("svhn-l2-gamma",), last(), high=5, predicted=True,
+    ),
+    Claim(
         "SVHN: dropout does not prevent memorizing (training error)",
         ("svhn-dropout",), last(), high=10,
     ),
     Claim(
         "CIFAR-10: dropout does not prevent memorizing (training error)",
         ("cifar10-dropout",), last(), high=10,
+    ),
+    Claim(
+        "SVHN: dropout as of July 2017 does not prevent memorizing (training error)",
+        ("svhn-dropout-july-2017",), last(), high=10, predicted=True,
+    ),
+    Claim(
+        "SVHN: dropout after the activation does not prevent memorizing (training error)",
+        ("svhn-dropout-after-activation",), last(), high=10, predicted=True,
+    ),
+    Claim(
+        "CIFAR-10: dropout after the activation hinders more than before it (error higher by)",
+        ("cifar10-dropout-after-activation", "cifar10-dropout"), excess(),
+        low=0, unit="points", predicted=True,
     ),
     Claim(
         "SVHN, stochastic: random labels are memorized, tested as coded (training error)",
@@ -233,8 +270,40 @@ CLAIMS = (
         ("cifar10-stochastic",), last(), high=5,
     ),
     Claim(
+        "CIFAR-10, 0/1 activations: with sign(W) random labels are memorized (training error)",
+        ("cifar10-sigmoid-deterministic",), last(), high=5, predicted=True,
+    ),
+    Claim(
+        "CIFAR-10, +1/-1 activations: with drawn weights they are not (training error)",
+        ("cifar10-tanh-stochastic",), last(), low=50, predicted=True,
+    ),
+    Claim(
         "CIFAR-10: the labels of Gaussian inputs are memorized (training error)",
         ("cifar10-gaussian-inputs",), last(), high=1,
+    ),
+    Claim(
+        "CIFAR-10: random labels of Gaussian inputs are as hard as true ones (error higher by)",
+        ("cifar10-gaussian-random-labels", "cifar10-gaussian-inputs"), excess(),
+        low=-15, high=15, unit="points", predicted=True,
+    ),
+    Claim(
+        "CIFAR-10: noise as bright and varied is harder than random labels (error higher by)",
+        ("cifar10-gaussian-matched", "cifar10-random-labels"), excess(),
+        low=10, unit="points", predicted=True,
+    ),
+    Claim(
+        "CIFAR-10: random pixels are harder than random labels (training error higher by)",
+        ("cifar10-random-pixels", "cifar10-random-labels"), excess(),
+        low=10, unit="points", predicted=True,
+    ),
+    Claim(
+        "CIFAR-10: shuffled pixels leave a rule to find (test error)",
+        ("cifar10-shuffled-pixels",), last("test_error"), high=85, predicted=True,
+    ),
+    Claim(
+        "CIFAR-10: shuffled pixels make it harder to find (test error higher by)",
+        ("cifar10-shuffled-pixels", "cifar10-true-labels"), excess("test_error"),
+        low=5, unit="points", predicted=True,
     ),
     Claim(
         "CIFAR-10: random labels of images are memorized no sooner than labels of Gaussian inputs "
