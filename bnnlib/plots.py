@@ -181,7 +181,7 @@ def plot_column(
         ax.plot(*zip(*known, strict=True), label=label, **style)
         label = "_"  # Matplotlib leaves such a label out of the legend
     ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if "error" in column:
         _percent_axis(ax, histories[0].chance)
     return ax

@@ -4,7 +4,7 @@ from bnnlib.runs.ledger import stored_runs
 
 
 def test_the_readme_shows_every_stored_memorizer():
-    names = ("svhn-random-labels", "cifar10-random-labels")
+    names = ("svhn-noise-100", "cifar10-noise-100")
     for ax, name in zip(figure.draw().axes, names, strict=True):
         curves = [line for line in ax.lines if line.get_gid() != "chance"]
         assert len(curves) == 2 * len(stored_runs(name))  # train and test

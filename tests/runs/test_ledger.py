@@ -270,7 +270,7 @@ def test_without_pyarrow_the_folders_are_enough(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert_frame_equal(results(folder), before)
     for ask in (lambda: write_ledger(folder), lambda: ledger.as_parquet(before)):
-        with pytest.raises(NotInstalled, match=r"pip install 'bnnlib\[sweep\]'"):
+        with pytest.raises(NotInstalled, match=r"pip install '.\[sweep\]'"):
             ask()
 
 
