@@ -11,7 +11,7 @@ PATH = Path(__file__).parent / "_static" / "memorization.png"
 
 
 def draw() -> plt.Figure:
-    """Random training labels, true test labels: SVHN left, CIFAR-10 right."""
+    """Random training and true test labels: SVHN left, CIFAR-10 right."""
     use_book_style()
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     names = {
