@@ -85,7 +85,9 @@ def table_html(table: pd.DataFrame) -> str:
             text = list(map(str, column))
         text = [word.strip() for word in text]
         cells.append(text)
-        classes.append("number" if all(map(NUMBER.fullmatch, text)) else "text")
+        long = max(map(len, text), default=0) > 40
+        kind = "text long" if long else "text"
+        classes.append("number" if all(map(NUMBER.fullmatch, text)) else kind)
 
     def row(tag: str, words: Iterable[object]) -> str:
         pairs = zip(words, classes, strict=True)

@@ -180,7 +180,7 @@ def test_book_style_leaves_no_ground_and_is_readable_on_both_themes():
 def cells(table):
     """Head and rows of a table in HTML, each cell as (class, text)."""
     rows = plots.table_html(table).split("</tr>")[:-1]
-    return [re.findall(r'<t[hd] class="(\w+)">(.*?)</t[hd]>', row) for row in rows]
+    return [re.findall(r'<t[hd] class="([\w ]+)">(.*?)</t[hd]>', row) for row in rows]
 
 
 def test_a_table_has_one_head_text_to_the_left_and_numbers_to_the_right():
@@ -197,6 +197,11 @@ def test_an_index_that_only_counts_is_left_out_and_one_with_levels_is_columns():
     assert cells(pd.DataFrame({"a": [1]})) == [[("number", "a")], [("number", "1")]]
     levels = pd.MultiIndex.from_tuples([("x", 1)], names=["data", "seed"])
     assert [text for _, text in cells(pd.DataFrame({"a": [2]}, levels))[0]] == ["data", "seed", "a"]
+
+
+def test_a_column_with_sentences_is_long():
+    table = pd.DataFrame({"a": ["word"], "b": ["a word and a word and a word and a word, 41"]})
+    assert [kind for kind, _ in cells(table)[0]] == ["text", "text long"]
 
 
 def test_what_stands_in_backticks_is_code():
