@@ -337,6 +337,7 @@ def test_when_a_rank_dies_all_end_with_one_message_and_one_process_goes_on(tmp_p
     assert stderr.count("Error: ") - stderr.count("ChildFailedError: ") == 1
     assert "Error: rank 0 of 2 has lost another one, which ended or cannot be reached" in stderr
     assert "goes on from its last checkpoint" in stderr
+    assert len(re.findall(r"exitcode +: -9 ", stderr)) == 1  # the other ended by itself, in time
     with pytest.warns(UserWarning, match="2 ranks' then"):
         result = quietly(LONG, tmp_path / "out")
     assert len(result.history) == LONG.epochs
