@@ -4,10 +4,13 @@ Each rank takes its rows of every batch. What depends on the whole batch is a su
 which is the same on each, to the last bit; so their parameters stay the same, too.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    here: tuple[int, ...] = ()  # the processes of ranks that this one sees beside itself
 
     @property
     def leads(self) -> bool:
@@ -39,8 +43,23 @@ class Ranks:
         """The sum of x over the ranks, in its place."""
         if self.world > 1:
             with self._noticing():
-                dist.all_reduce(x)
+                if x.is_cuda:
+                    dist.all_reduce(x)
+                else:
+                    self._wait(dist.all_reduce(x, async_op=True))
         return x
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait for an exchange, in turns: gloo does not always notice that a rank has ended."""
+        while True:
+            try:
+                work.wait(TURN)
+                return
+            except RuntimeError as error:
+                if work.is_completed():
+                    raise
+                if not all(Path(f"/proc/{process}").exists() for process in self.here):
+                    raise RuntimeError("its process is gone") from error
 
     def beside(self, x: Tensor) -> Tensor:
         """The x of every rank: (...) -> (world, ...)."""
@@ -93,6 +112,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+TURN = timedelta(seconds=1)
 
 
 @contextmanager
@@ -104,7 +124,7 @@ def launched() -> Iterator[Ranks]:
     """
     rank, world = place()
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield _beside(Ranks(dist.get_rank(), dist.get_world_size()))
         return
     if world == 1:
         yield ALONE
@@ -118,11 +138,27 @@ def launched() -> Iterator[Ranks]:
         kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         own = dist.PrefixStore(f"bnnlib {turn}", store)
         dist.init_process_group(kinds, store=own, rank=rank, world_size=world)
+        ranks = _beside(ranks)
+    lost = False
     try:
         yield ranks
+    except RankLost:
+        lost = True  # what is left of the exchange with it may wait for ever
+        raise
     finally:
         with suppress(KeyboardInterrupt):  # from `torchrun`, whose ranks end one after the other
-            dist.destroy_process_group()
+            if not lost:
+                dist.destroy_process_group()
+
+
+def _beside(ranks: Ranks) -> Ranks:
+    """The same with the processes that it sees: on Linux those of one kernel and its namespace."""
+    kernel, names = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    own = (kernel.read_text(), str(names.readlink())) if names.exists() else None
+    all_of_them: list[Any] = [None] * ranks.world
+    dist.all_gather_object(all_of_them, (own, os.getpid()))
+    here = (process for where, process in all_of_them if own and where == own)
+    return replace(ranks, here=tuple(here))
 
 
 # ----------------------------------------------------------------------------- rows of a batch

@@ -363,6 +363,31 @@ def test_a_signal_to_one_rank_stops_and_saves_all_and_the_command_goes_on(tmp_pa
     assert len(load_run(tmp_path / "out").history) == LONG.epochs
 
 
+class Waiting:
+    """An exchange that is not over, whatever becomes of the other ranks."""
+
+    waits = 0
+
+    def wait(self, timeout):
+        self.waits += 1
+        raise RuntimeError("Operation timed out!")
+
+    def is_completed(self):
+        return self.waits == 3
+
+
+def test_a_rank_whose_process_is_gone_is_lost_though_the_exchange_goes_on(monkeypatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    works = [Waiting(), Waiting()]
+    monkeypatch.setattr(dist, "all_reduce", lambda x, async_op: works.pop())
+    for here, reason, waits in (((gone.pid,), "its process is gone", 1), ((), "timed out", 3)):
+        work = works[-1]
+        with pytest.raises(RankLost, match=reason):
+            Ranks(0, 2, here).total(torch.ones(2))
+        assert work.waits == waits
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
@@ -383,6 +408,7 @@ def test_a_rank_is_what_torchrun_says(variables, expected, monkeypatch):
     [
         (0, InvalidValue("wrong"), "Error: wrong\n"),
         (1, InvalidValue("wrong"), "Error: rank 1: wrong\n"),
+        (0, RankLost("lost"), "Error: lost\n"),
         (1, RankLost("lost"), "Error: lost\n"),
     ],
 )
@@ -394,6 +420,7 @@ def test_a_rank_says_what_the_first_cannot_have_said(rank, error, said, monkeypa
     monkeypatch.setattr(shell.time, "sleep", waited.append)
     monkeypatch.setattr(shell, "signals_to", lambda _: (_ for _ in ()).throw(error))
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # of a lost rank's neighbour
     with pytest.raises(SystemExit) as end:
         main(["list"])
     assert end.value.code != 0

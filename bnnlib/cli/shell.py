@@ -50,7 +50,7 @@ class Group(click.Group):
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
         except BnnlibError as error:
-            if place()[0]:
+            if place()[0] or isinstance(error, RankLost):
                 _say_what_the_first_does_not(error)
             usage = isinstance(error, InvalidValue)
             raise (click.UsageError if usage else click.ClickException)(str(error)) from None
@@ -79,13 +79,16 @@ def _silent_but_for_the_first() -> Iterator[None]:
 def _say_what_the_first_does_not(error: BnnlibError) -> NoReturn:
     """End a rank, with the error, unless the first one has met it, too.
 
-    Then `torchrun` ends this one while it waits. A lost rank may be the first.
+    Then `torchrun` ends this one while it waits. A lost rank may be the first; as what is
+    left of the exchange with it may wait for ever, nothing else is asked to end.
     """
     told = str(error)
     if not isinstance(error, RankLost):
         time.sleep(PATIENCE)
         told = f"rank {place()[0]}: {told}"
     print(f"Error: {told}", file=sys.__stderr__, flush=True)
+    if isinstance(error, RankLost):
+        os._exit(1)
     sys.exit(1)
 
 
