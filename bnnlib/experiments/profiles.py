@@ -29,7 +29,7 @@ def quick(experiment: Experiment) -> Experiment:
         experiment,
         dataset=LOOK_ALIKE.get(experiment.dataset, experiment.dataset),
         network=experiment.network if experiment.dataset == "patterns" else "small",
-        epochs=60 if experiment.epochs else 0,
+        epochs=40 if experiment.epochs else 0,
         schedule="linear",
         lr_final=0.0,
         n_train=500,

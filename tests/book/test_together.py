@@ -128,7 +128,7 @@ def test_what_times_something_runs_alone_and_last(root, monkeypatch):
 def test_the_first_failure_stops_the_others_and_is_told(root, sleepers, monkeypatch, capsys):
     wait = 'import time\nfrom pathlib import Path\nwhile len(list(Path().glob("*.pid"))) < 2:'
     write_chapters(
-        root, a=SLEEP, b=f"{wait}\n    time.sleep(0.05)\n1 / 0", c="import time\ntime.sleep(600)"
+        root, a="import time\ntime.sleep(600)", b=f"{wait}\n    time.sleep(0.05)\n1 / 0", c=SLEEP
     )
     monkeypatch.setattr(build, "ROOT", root)
     with pytest.raises(SystemExit) as caught:
@@ -140,7 +140,7 @@ def test_the_first_failure_stops_the_others_and_is_told(root, sleepers, monkeypa
         f"The cells up to there: {kept}",
     ]
     assert [lives(pid) for pid in sleepers()] == [False, False]
-    assert not build._stored(root, "quick", "book/c").exists()  # if it had begun, it was stopped
+    assert not build._stored(root, "quick", "book/a").exists()  # if it had begun, it was stopped
 
 
 @pytest.mark.parametrize("ending", ["ctrl-c", "SIGTERM"])

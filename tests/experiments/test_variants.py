@@ -12,23 +12,23 @@ from bnnlib.experiments.variants import EXPERIMENTS, VARIANTS, named
 # The beginning of the SHA-256 of an experiment's digests at the five lengths. A change makes
 # all stored runs of it another experiment.
 DIGESTS = """
-svhn-random-labels:b2cb07f6 svhn-evaluation:842d8c73 svhn-dropout:617ae4dc svhn-l2:c367a344
-svhn-stochastic:cea8cf01 cifar10-random-labels:27a64e49 cifar10-dropout:8895f6aa
-cifar10-stochastic:00fcc641 cifar10-gaussian-inputs:32050a3b
-svhn-true-labels:a1488643 svhn-float:686d077b svhn-float-true-labels:fb8d41aa
-cifar10-true-labels:58aff40e cifar10-float:2caaf2fb cifar10-float-true-labels:02ca7fa8
-svhn-noise-25:76d0b929 svhn-noise-50:82859388 svhn-noise-75:7d036b49 svhn-noise-100:b9aacc2e
-cifar10-noise-25:e54e3cd6 cifar10-noise-50:fc801574 cifar10-noise-75:37f5a730
-cifar10-noise-100:5f636c6b svhn-dropout-july-2017:94f16d4a
-svhn-dropout-after-activation:469fe468 cifar10-dropout-july-2017:da21f56e
-cifar10-dropout-after-activation:8944a9a4 svhn-sigmoid-deterministic:24f846fc
-svhn-tanh-stochastic:12d050e2 svhn-tanh-deterministic:fec95519
-cifar10-sigmoid-deterministic:3898e7e0 cifar10-tanh-stochastic:36320881
-cifar10-tanh-deterministic:6e2f540e svhn-l2-weights-5e-4:41ea578a svhn-l2-weights-5e-5:c8cc9576
-svhn-l2-weights-5e-6:05eef4da svhn-l2-weights-5e-7:b1ab84af svhn-l2-gamma:58672d53
-svhn-l2-weights-5e-4-true-labels:a5ccf72a
-cifar10-gaussian-matched:43d214bd cifar10-gaussian-random-labels:0d371b28
-cifar10-shuffled-pixels:5238744b cifar10-random-pixels:78064c23 capacity:b6972516
+svhn-random-labels:830a3ecd svhn-evaluation:842d8c73 svhn-dropout:be720512 svhn-l2:cc34cfb5
+svhn-stochastic:7ed786b7 cifar10-random-labels:6e781465 cifar10-dropout:152af3c4
+cifar10-stochastic:270a7886 cifar10-gaussian-inputs:2a8a9641
+svhn-true-labels:e5a98fa5 svhn-float:bc3bdc6b svhn-float-true-labels:74d8c8cf
+cifar10-true-labels:f2791a65 cifar10-float:806d53fd cifar10-float-true-labels:b7d70daa
+svhn-noise-25:fe1a27b9 svhn-noise-50:05948bbc svhn-noise-75:975b9213 svhn-noise-100:34294825
+cifar10-noise-25:16e61574 cifar10-noise-50:346b02a2 cifar10-noise-75:305735a9
+cifar10-noise-100:b699f624 svhn-dropout-july-2017:5802a347
+svhn-dropout-after-activation:8c96ee23 cifar10-dropout-july-2017:4775f211
+cifar10-dropout-after-activation:f22d2f9c svhn-sigmoid-deterministic:50b3d2f6
+svhn-tanh-stochastic:6a9a167b svhn-tanh-deterministic:3617d512
+cifar10-sigmoid-deterministic:156151d3 cifar10-tanh-stochastic:d9f9ce47
+cifar10-tanh-deterministic:da2b9e47 svhn-l2-weights-5e-4:873e3592 svhn-l2-weights-5e-5:ec8035e5
+svhn-l2-weights-5e-6:8938754e svhn-l2-weights-5e-7:119060a6 svhn-l2-gamma:551e953b
+svhn-l2-weights-5e-4-true-labels:7125cc9f
+cifar10-gaussian-matched:ef113f8f cifar10-gaussian-random-labels:9051a4b0
+cifar10-shuffled-pixels:87022b2b cifar10-random-pixels:229982a7 capacity:53a9dd2a
 """
 DIGESTS = dict(entry.split(":") for entry in DIGESTS.split())
 
