@@ -8,7 +8,7 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import copysign
+from math import copysign, inf
 from typing import Any
 
 from bnnlib.errors import InvalidValue, check_name, shown, unknown_name
@@ -88,15 +88,16 @@ def outcome(*runs: Run, limits: Sequence[float] = (0.1, 0.01)) -> dict[str, Any]
     """What the seeds of one experiment came to, as a row of a table.
 
     The errors are the last ones, in percent, by `spread`; "to 10 %" is the first epoch with at
-    most this training error, for each seed, "-" where there was none.
+    most this training error, from the earliest seed to the latest, "-" where there was none.
     """
     row: dict[str, Any] = {"seeds": len(runs)}
     for split, name in {"train": "training", "test": "test"}.items():
         errors = [100 * r.history.last(f"{split}_error") for r in runs]
         row[f"{name} error (%)"] = spread(errors)
     for limit in limits:
-        reached = [epochs_to_reach(r.history, (limit,))[0] for r in runs]
-        row[f"to {100 * limit:g} %"] = " ".join(str(epoch or "-") for epoch in reached)
+        reached = sorted(epochs_to_reach(r.history, (limit,))[0] or inf for r in runs)
+        ends = ["-" if epoch == inf else str(epoch) for epoch in (reached[0], reached[-1])]
+        row[f"to {100 * limit:g} %"] = " to ".join(dict.fromkeys(ends))
     return row
 
 

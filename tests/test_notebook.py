@@ -207,10 +207,12 @@ def test_the_outcome_of_seeds_is_one_row():
         return Run(named("svhn-l2"), History(rows), {})
 
     runs = ended(0.0, 0.9, [0.5, 0.1]), ended(0.02, 0.8, [0.09])
+    assert outcome(runs[1], limits=(0.1, 0.005))["to 10 %"] == "1"
+    assert outcome(runs[1], limits=(0.1, 0.005))["to 0.5 %"] == "-"
     assert outcome(*runs, limits=(0.1, 0.005)) == {
         "seeds": 2,
         "training error (%)": "1.0 (0.0 to 2.0)",
         "test error (%)": "85.0 (80.0 to 90.0)",
-        "to 10 %": "2 1",
-        "to 0.5 %": "9 -",
+        "to 10 %": "1 to 2",
+        "to 0.5 %": "9 to -",
     }
