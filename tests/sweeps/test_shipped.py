@@ -58,7 +58,7 @@ def test_stored_runs_that_are_not_reduced_are_of_large(tmp_path):
     assert {*stored["digest"]} <= made
 
 
-@pytest.mark.parametrize("name", ["recipes", "capacity", "chaos"])
+@pytest.mark.parametrize("name", ["recipes", "capacity", "chaos", "images"])
 def test_a_stored_table_has_the_runs_of_its_grid_and_no_others(name, tmp_path):
     made = [e.digest() for e in experiments(f"{name}.toml", tmp_path)]
     assert sorted(made) == sorted(bnnlib.stored_table(name)["digest"])
